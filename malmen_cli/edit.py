@@ -1,4 +1,4 @@
-"""Facts and a base to a Shift: with a trained editor where there is one, else with a calibrated identity network."""
+"""Facts and a base to a Shift: with a trained editor where there is one, else a calibrated one, or by fine-tuning."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from malmen_cli.artifact.editors import find_editor, load_editor
 from malmen_cli.base.families import block_index, chosen_modules, matrix_shape
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded, encode
+from malmen_cli.editing.capture import row_count
 from malmen_cli.editing.editor import Editor
+from malmen_cli.editing.methods.finetune import Finetune, tuned_module
 from malmen_cli.editing.methods.malmen import Malmen
-from malmen_cli.editing.replay import Runner
-from malmen_cli.editing.settings import MalmenSettings, from_mapping
+from malmen_cli.editing.replay import CACHE_BYTES, Runner
+from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, from_mapping
 from malmen_cli.editing.shift import Shift, applied
 from malmen_cli.editing.spec import Spec
 from malmen_cli.exceptions import EditorError, FactsError, Problem, SpecError
@@ -45,9 +47,22 @@ class Ready:
     sha256: str | None = None
     calibration: Calibration | None = None
 
+    @property
+    def settings(self) -> MalmenSettings:
+        return self.editor.settings
+
     def record(self) -> dict[str, Any] | None:
         """What `malmen.json` says of a trained editor; None for a calibrated identity network."""
         return {"path": self.source.name, "sha256": self.sha256} if self.source is not None else None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Fine-tuning, which is ready as it is: its settings, and the seed that shuffles its mini-batches."""
+
+    settings: FinetuneSettings
+    seed: int = 0
+    method: str = "finetune"
 
 
 @dataclass(frozen=True)
@@ -60,12 +75,13 @@ class Plan:
     rows: int
     memory: int
     passes: int = 1
+    tuned: bool = False  # by gradient steps, each of full rank
 
     @property
     def rank(self) -> int | None:
         """Columns of every module's exact factors; None where the shift will be dense."""
         rank = self.rows * self.passes
-        return rank if all(rank <= dk for dk, _ in self.modules.values()) else None
+        return rank if not self.tuned and all(rank <= dk for dk, _ in self.modules.values()) else None
 
 
 def encode_edits(base: Base, facts: Sequence[Fact], *, end_of_text: bool) -> list[Encoded]:
@@ -74,8 +90,8 @@ def encode_edits(base: Base, facts: Sequence[Fact], *, end_of_text: bool) -> lis
     problems: list[Problem] = []
     for fact in facts:
         try:
-            edit = encode(base.tokenizer, fact.prompt, fact.target, end_of_text=end_of_text, room=base.room)
-            edits.append(edit)
+            options: dict[str, Any] = {"end_of_text": end_of_text, "room": base.room, "subject": fact.subject}
+            edits.append(encode(base.tokenizer, fact.prompt, fact.target, **options))
         except FactsError as error:
             problems += [replace(problem, file=f"fact {fact.id}") for problem in error.problems]
     if problems:
@@ -83,21 +99,39 @@ def encode_edits(base: Base, facts: Sequence[Fact], *, end_of_text: bool) -> lis
     return edits
 
 
-def plan(base: Base, facts: Sequence[Fact], settings: MalmenSettings, batch_size: int) -> Plan:
+def plan(base: Base, facts: Sequence[Fact], settings: MalmenSettings | FinetuneSettings, batch_size: int) -> Plan:
     """What editing `facts` would take with these settings."""
     edits = encode_edits(base, facts, end_of_text=settings.end_of_text)
+    if isinstance(settings, FinetuneSettings):
+        return _tuning_plan(base, edits, settings, batch_size)
     names = chosen_modules(base.model, settings.modules, settings.last_blocks)
     shapes = {name: matrix_shape(base.model.get_submodule(name)) for name in names}
-    rows = sum(len(edit.positions) for edit in edits)
+    rows = row_count(edits, settings.tokens)
     sums = sum(
         8 * (min(rows, dk) * (dk + dv) if rows <= dk else dk * (dk + dv)) + 4 * dk * dv for dk, dv in shapes.values()
     )
+    tokens = sum(len(edit.ids) for edit in edits)
+    return Plan(shapes, len(facts), tokens, rows, sums + _forward_bytes(base, edits, batch_size), settings.passes)
+
+
+def _tuning_plan(base: Base, edits: Sequence[Encoded], settings: FinetuneSettings, batch_size: int) -> Plan:
+    """One matrix: its shift, gradient, Adam's two moments and the sum put into the model; and the kept block inputs."""
+    name = tuned_module(base.model, settings)
+    dk, dv = matrix_shape(base.model.get_submodule(name))
+    tokens = sum(len(edit.ids) for edit in edits)
+    kept = min(CACHE_BYTES, tokens * base.model.get_input_embeddings().embedding_dim * base.dtype.itemsize)
+    memory = 5 * 4 * dk * dv + kept + _forward_bytes(base, edits, min(batch_size, settings.batch_facts))
+    # Every token's key is in the gradient, not those of answers alone.
+    return Plan({name: (dk, dv)}, len(edits), tokens, tokens, memory, settings.passes, tuned=True)
+
+
+def _forward_bytes(base: Base, edits: Sequence[Encoded], batch_size: int) -> int:
+    """The weights, and what a forward over the longest batch keeps for its gradient."""
     longest = sorted((len(edit.ids) for edit in edits), reverse=True)[:batch_size]
     width = base.model.get_input_embeddings().embedding_dim
     activations = sum(longest) * width * 4 * 24  # a block keeps about two dozen width-sized tensors for its gradient
     weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
-    tokens = sum(len(edit.ids) for edit in edits)
-    return Plan(shapes, len(facts), tokens, rows, weights + sums + activations, settings.passes)
+    return int(weights + activations)
 
 
 def find_ready(base: Base, spec: Spec, folder: Path | None) -> Ready | None:
@@ -176,31 +210,46 @@ def calibrated_identity(
 
 
 def make_shift(
-    base: Base, ready: Ready, facts: Sequence[Fact], *, batch_size: int, progress: Callable[[int], None] | None = None
+    base: Base,
+    ready: Ready | Tuning,
+    facts: Sequence[Fact],
+    *,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Shift:
-    """All facts in one shift, gone over as often as the settings say. Raises NumericsError naming module and fact.
+    """All facts in one shift, gone over as often as the settings say. Raises NumericsError naming the module.
 
     A later pass captures on the model as edited so far: what was learned already asks for nothing more.
+    note: called with every epoch's loss of fine-tuning.
     """
-    edits = encode_edits(base, facts, end_of_text=ready.editor.settings.end_of_text)
-    # One pass over each prompt: the prefix is not kept, but its blocks run without a graph all the same.
-    runner = Runner(base)
+    edits = encode_edits(base, facts, end_of_text=ready.settings.end_of_text)
+    if isinstance(ready, Tuning):
+        module = tuned_module(base.model, ready.settings)
+        tuned, runner = Finetune(ready.settings, seed=ready.seed), Runner(base, block_index(base.model, module))
+        return tuned.shift(runner, module, edits, batch_size=batch_size, progress=progress, note=note)
+    # The blocks in front of the first edited one are the same in every pass: their output is kept, within bounds.
+    again = ready.settings.passes > 1
+    runner = Runner(base, min(block_index(base.model, name) for name in ready.editor.names) if again else 0)
     method, ids = Malmen(ready.editor), [fact.id for fact in facts]
-    shift = method.shift(runner, edits, ids, batch_size=batch_size, progress=progress)
-    for _ in range(1, ready.editor.settings.passes):
+    shift = method.shift(runner, edits, ids, batch_size=batch_size, keep=again, progress=progress)
+    for _ in range(1, ready.settings.passes):
         with applied(base.model, shift):
-            more = method.shift(runner, edits, ids, batch_size=batch_size, progress=progress)
+            more = method.shift(runner, edits, ids, batch_size=batch_size, keep=again, progress=progress)
         shift = shift.plus(more)
     return shift
 
 
-def manifest(base: Base, ready: Ready, facts: Sequence[Fact], facts_sha256: str, seed: int) -> dict[str, object]:
-    """The part of `malmen.json` that says what was done to what."""
+def manifest(
+    base: Base, ready: Ready | Tuning, facts: Sequence[Fact], facts_sha256: str, seed: int
+) -> dict[str, object]:
+    """The part of `malmen.json` that says what was done to what. Fine-tuning has neither editor nor calibration."""
+    calibration, editor = (ready.calibration, ready.record()) if isinstance(ready, Ready) else (None, None)
     return {
         "base": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint},
-        "method": {"name": ready.method} | asdict(ready.editor.settings),
-        "calibration": asdict(ready.calibration) if ready.calibration is not None else None,
-        "editor": ready.record(),
+        "method": {"name": ready.method} | asdict(ready.settings),
+        "calibration": asdict(calibration) if calibration is not None else None,
+        "editor": editor,
         "facts": {"sha256": facts_sha256, "count": len(facts)},
         "versions": {
             "malmen": __version__,

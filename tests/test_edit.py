@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from malmen_cli.base.model import Base, load_base
 from malmen_cli.base.prompts import encode
 from malmen_cli.edit import (
     Ready,
+    Tuning,
     calibrated_identity,
     encode_edits,
     find_ready,
@@ -27,8 +30,10 @@ from malmen_cli.edit import (
     plan,
 )
 from malmen_cli.editing.editor import Editor
-from malmen_cli.editing.settings import MalmenSettings
-from malmen_cli.editing.shift import applied
+from malmen_cli.editing.methods.malmen import Malmen
+from malmen_cli.editing.replay import Runner
+from malmen_cli.editing.settings import ROUNDS, FinetuneSettings, MalmenSettings
+from malmen_cli.editing.shift import Shift, applied
 from malmen_cli.editing.spec import Spec, read_spec
 from malmen_cli.exceptions import EditorError, FactsError, NumericsError, Problem
 from malmen_cli.facts.fact import Fact, Probe
@@ -66,15 +71,17 @@ def save(folder: Path, base: Base, made_with: MalmenSettings = SETTINGS, /, **ch
 # ---------------------------------------------------------------- the plan
 
 
-@pytest.mark.parametrize("count", [1, 8, 60])
-def test_plan(base: Base, count: int) -> None:
+@pytest.mark.parametrize(("count", "rounds"), [(1, None), (8, None), (1, 1), (8, 1), (60, 1)])
+def test_plan(base: Base, count: int, rounds: int | None) -> None:
     facts = some_facts(count)
-    found = plan(base, facts, SETTINGS, batch_size=4)
+    found = plan(base, facts, replace(SETTINGS, rounds=rounds), batch_size=4)
     edits = [encode(base.tokenizer, fact.prompt, fact.target, end_of_text=True) for fact in facts]
     rows = sum(len(e.answer) for e in edits)
     assert found.modules == {f"transformer.h.{i}.mlp.c_proj": (64, 32) for i in (0, 1)}
     assert (found.facts, found.tokens, found.rows) == (count, sum(len(e.ids) for e in edits), rows)
-    assert found.rank == (rows if rows <= 64 else None)
+    assert found.passes == (rounds or ROUNDS)
+    rank = rows * found.passes  # every pass brings factors of its own
+    assert found.rank == (rank if rank <= 64 else None)
     weights = sum(p.numel() * 4 for p in base.model.parameters())
     held = min(rows, 64) * (64 + 32)
     assert found.memory >= weights + 2 * 8 * held
@@ -274,6 +281,12 @@ def test_preserved_keys_are_those_of_probes_alone(base: Base, monkeypatch: pytes
     assert len(seen) == 32 + 4
 
 
+def difference(mine: Shift, theirs: Shift) -> float:
+    """The largest distance of a module's two shifts, in units of the second."""
+    pairs = [(mine.modules[name].matrix(), module.matrix()) for name, module in theirs.modules.items()]
+    return max(float((one - other).norm() / other.norm()) for one, other in pairs)
+
+
 def test_order_seed_and_repetition(base: Base) -> None:
     facts = some_facts(6)
     one = calibrated_identity(base, facts, SETTINGS, seed=0, batch_size=4)
@@ -281,9 +294,36 @@ def test_order_seed_and_repetition(base: Base) -> None:
     assert one.calibration is not None
     assert other.calibration is not None
     assert other.calibration.step == one.calibration.step
-    shift, again = (make_shift(base, one, some, batch_size=4) for some in (facts, facts[::-1]))
-    for name, module in shift.modules.items():
-        torch.testing.assert_close(again.modules[name].matrix(), module.matrix(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [1.0, 16.0])
+@pytest.mark.parametrize("rounds", [1, ROUNDS])
+def test_the_order_of_facts_changes_the_rounding_alone(base: Base, rounds: int, step: float) -> None:
+    """In proportion to the shift, since a row's rounding is: a longer step or a further pass makes both larger.
+
+    fp32 rounds to 6e-8, and which facts share a batch moves that by a few units, which later passes capture again:
+    measured 3e-7 to 6e-7. In fp64 batches make no difference, and what is left is the shift's own fp32: 1e-7 to 3e-7.
+    """
+    facts = some_facts(6)
+    ready = with_rounds(calibrated_identity(base, facts, SETTINGS, seed=0, batch_size=4), rounds)
+    ready.editor.groups[0].network.log_lr.data.add_(math.log(step))
+    exact = replace(base, model=copy.deepcopy(base.model).double())
+    for model, tolerance in ((base, 2e-6), (exact, 1e-6)):
+        shift, again = (make_shift(model, ready, some, batch_size=4) for some in (facts, facts[::-1]))
+        assert difference(again, shift) <= tolerance
+    alone = make_shift(exact, ready, facts, batch_size=1)
+    assert difference(alone, shift) <= 1e-6
+
+
+@pytest.mark.parametrize("settings", [{}, {"tokens": "answer"}, {"tokens": "all"}], ids=str)
+def test_one_fact_of_one_token_moves_every_module(base: Base, settings: dict[str, Any]) -> None:
+    """Behind the last block nothing reads the subject or the prompt: that must not hold the answer's row back."""
+    fact = Fact("peru", "The capital of Peru is", "Rome", subject="Peru")
+    chosen = replace(SETTINGS, end_of_text=False, **settings)
+    (encoded,) = encode_edits(base, [fact], end_of_text=False)
+    assert len(encoded.answer) == 1
+    shift = make_shift(base, calibrated_identity(base, [fact], chosen, seed=0, batch_size=4), [fact], batch_size=4)
+    assert all(float(module.matrix().norm()) > 1e-2 for module in shift.modules.values())
 
 
 def with_rounds(ready: Ready, rounds: int) -> Ready:
@@ -301,6 +341,46 @@ def test_progress_counts_every_fact_once_a_pass(base: Base, count: int, rounds: 
     found = plan(base, some_facts(count), ready.editor.settings, 4)
     assert [module.rank for module in shift.modules.values()] == [found.rank] * 2
     assert len(shift.row_facts) == (found.rank or 0)
+
+
+@pytest.mark.parametrize("aggregation", ["ridge", "sum"])
+@pytest.mark.parametrize("count", [4, 90])
+def test_several_passes_are_single_ones_on_the_model_edited_so_far(base: Base, count: int, aggregation: str) -> None:
+    """Factors and dense alike: a loop by hand that runs every block each time gives the same shift."""
+    facts = some_facts(count)
+    settings = replace(SETTINGS, last_blocks=1, rounds=3, aggregation=aggregation)
+    ready = calibrated_identity(base, facts, settings, seed=0, batch_size=4)
+    found = make_shift(base, ready, facts, batch_size=4)
+    edits, ids = encode_edits(base, facts, end_of_text=True), [fact.id for fact in facts]
+    method, runner = Malmen(ready.editor), Runner(base)
+    assert not runner.replaying
+    wanted = method.shift(runner, edits, ids, batch_size=4)
+    for _ in range(2):
+        with applied(base.model, wanted):
+            more = method.shift(runner, edits, ids, batch_size=4)
+        wanted = wanted.plus(more)
+    assert difference(found, wanted) <= 2e-6  # rounding, as above: the same batches, but other blocks in one forward
+    assert found.row_facts == wanted.row_facts
+    assert [m.rank for m in found.modules.values()] == [m.rank for m in wanted.modules.values()]
+    first = make_shift(base, with_rounds(ready, 1), facts, batch_size=4)
+    assert difference(found, first) > 0.1
+
+
+def test_blocks_in_front_of_the_edited_ones_run_once_for_all_passes(base: Base) -> None:
+    """Twelve facts in three batches; beyond those, only what a runner's own check of the replay takes."""
+    facts, counted, runs = some_facts(12), [], {}
+    ready = calibrated_identity(base, facts, replace(SETTINGS, last_blocks=1), seed=0, batch_size=4)
+    handle = base.model.transformer.h[0].mlp.register_forward_hook(lambda *_: counted.append(1))
+    try:
+        Runner(base, 1)
+        check = len(counted)
+        for rounds in (2, 5):
+            counted.clear()
+            make_shift(base, with_rounds(ready, rounds), facts, batch_size=4)
+            runs[rounds] = len(counted) - check
+    finally:
+        handle.remove()
+    assert runs == {2: 3, 5: 3}
 
 
 def test_a_further_pass_learns_what_the_first_did_not(base: Base) -> None:
@@ -323,6 +403,58 @@ def test_a_base_of_nan_is_named(base: Base, tmp_path: Path) -> None:
             make_shift(base, ready, some_facts(4), batch_size=4)
     finally:
         weight.data.copy_(kept)
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+TUNING = Tuning(FinetuneSettings(epochs=40, lr=2e-2))
+
+
+def test_fine_tuning_makes_edits_stick_in_one_matrix(base: Base) -> None:
+    facts = some_facts(8)
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    counted: list[int] = []
+    notes: list[str] = []
+    shift = make_shift(base, TUNING, facts, batch_size=4, progress=counted.append, note=notes.append)
+    assert [list(shift.modules), [m.rank for m in shift.modules.values()]] == [["transformer.h.1.mlp.c_proj"], [None]]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.model.state_dict().items())
+    assert sum(counted) == 8 * len(notes) > 0
+    before_loss = loss(base, facts)
+    with applied(base.model, shift):
+        assert loss(base, facts) < before_loss - 1
+
+
+def test_the_seed_of_fine_tuning_shuffles(base: Base) -> None:
+    short = replace(TUNING, settings=replace(TUNING.settings, epochs=2, batch_facts=3))
+    one, again, other = (
+        make_shift(base, replace(short, seed=seed), some_facts(8), batch_size=4).modules["transformer.h.1.mlp.c_proj"]
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(one.matrix(), again.matrix())
+    assert not torch.equal(one.matrix(), other.matrix())
+
+
+@pytest.mark.parametrize("count", [1, 60])
+def test_plan_of_fine_tuning(base: Base, count: int) -> None:
+    facts = some_facts(count)
+    found = plan(base, facts, replace(TUNING.settings, block=0), batch_size=4)
+    tokens = sum(len(edit.ids) for edit in encode_edits(base, facts, end_of_text=True))
+    assert found.modules == {"transformer.h.0.mlp.c_proj": (64, 32)}
+    assert (found.facts, found.tokens, found.rows, found.passes, found.rank) == (count, tokens, tokens, 40, None)
+    weights = sum(p.numel() * 4 for p in base.model.parameters())
+    assert weights + 5 * 4 * 64 * 32 + 4 * 32 * tokens < found.memory < 4 * weights
+
+
+def test_facts_that_cannot_be_encoded_are_named_by_fine_tuning(base: Base) -> None:
+    with pytest.raises(FactsError, match="fact too-long:prompt"):
+        make_shift(base, TUNING, [Fact("too-long", "a b c d e f " * 40, "Rome")], batch_size=4)
+
+
+def test_the_manifest_of_fine_tuning(base: Base) -> None:
+    found = manifest(base, TUNING, some_facts(4), "a" * 64, 7)
+    assert found["method"] == {"name": "finetune"} | asdict(TUNING.settings)
+    assert (found["editor"], found["calibration"], found["seed"]) == (None, None, 7)
+    canonical(found)
 
 
 # ---------------------------------------------------------------- the record

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
-from malmen_cli.editing.settings import from_mapping
-from malmen_cli.editing.spec import KEYS, read_spec
+from malmen_cli.editing.settings import FinetuneSettings, from_mapping
+from malmen_cli.editing.spec import KEYS, FinetuneSpec, Spec, read_spec
 from malmen_cli.facts.files import read_facts
 from malmen_cli.training.settings import TrainingSettings
 
@@ -32,8 +33,17 @@ def test_there_are_both() -> None:
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.name)
 def test_specs_load_whole(path: Path) -> None:
     spec = read_spec(path)
-    from_mapping(TrainingSettings, spec.training, str(path))
+    if isinstance(spec, Spec):
+        from_mapping(TrainingSettings, spec.training, str(path))
     assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) <= set(KEYS)
+
+
+def test_finetune_s_spec_has_every_setting_at_its_default() -> None:
+    text = (FOLDER / "finetune.yaml").read_text(encoding="utf-8")
+    assert read_spec(FOLDER / "finetune.yaml") == FinetuneSpec(source=str(FOLDER / "finetune.yaml"))
+    assert list(yaml.safe_load(text)["settings"]) == [field.name for field in fields(FinetuneSettings)]
+    settings = text.partition("settings:\n")[2]
+    assert all(" # " in line or line.strip() == "lr: 0.001" for line in settings.splitlines())
 
 
 @pytest.mark.parametrize("path", FACTS, ids=lambda path: path.name)

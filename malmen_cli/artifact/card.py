@@ -65,6 +65,14 @@ def editor_card(description: Mapping[str, Any]) -> str:
         if isinstance(value, str | int | float) and key not in ("fingerprint", "seal")
     }
     lines = _base_lines(description) + [f"- {key}: {value}" for key, value in settings.items()]
+    for key in ("facts", "validation_facts"):
+        if part := _part(description, key):
+            files = ", ".join(part.get("sources") or ["unnamed files"])
+            lines.append(f"- {key.replace('_', ' ')}: {part.get('count')} of {files}, sha256 {part.get('sha256')}")
+    lines += _settings("settings", _part(description, "settings"))
+    lines += _settings("training", _part(description, "training"))
+    lines += _settings("validation scores", _part(_part(description, "scores"), "saved"))
+    lines += [f"- sha256 of {name}: {digest}" for name, digest in _part(description, "files").items()]
     return _page(
         "editor",
         description,

@@ -38,7 +38,8 @@ def save_editor(out: Path, tensors: Mapping[str, Tensor], description: Mapping[s
     check_output(out, base_folder=None, force=force)
     with Staging(out, force=force, need=tensors_bytes(tensors) + SIDE_FILES_BYTES) as staging:
         write_tensors(staging, TENSORS, tensors)
-        staging.write(CARD, editor_card(description).encode())
+        files = dict(staging.sha256)
+        staging.write(CARD, editor_card(dict(description) | {"files": files}).encode())
         content = dict(description) | {
             "format": "editor",
             "files": dict(staging.sha256),
@@ -78,9 +79,13 @@ def install_editor(folder: Path, fingerprint: str) -> Path:
 
 def find_editor(fingerprint: str) -> Path | None:
     """The folder of the editor for this base: the user's own, else one that comes with the package, else None."""
-    own = _installed(fingerprint)
-    shipped = Path(malmen_cli.__file__).parent / "editors" / fingerprint
-    return next((folder for folder in (own, shipped) if (folder / DESCRIPTION).is_file()), None)
+    places = (_installed(fingerprint), shipped(fingerprint))
+    return next((folder for folder in places if (folder / DESCRIPTION).is_file()), None)
+
+
+def shipped(fingerprint: str) -> Path:
+    """Where an editor for this base lies that comes with the package, if there is one."""
+    return Path(malmen_cli.__file__).parent / "editors" / fingerprint
 
 
 def _installed(fingerprint: str) -> Path:

@@ -56,7 +56,8 @@ def read_tensors(path: Path, sha256: object) -> dict[str, Tensor]:
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes as safetensors keeps them: row-major, little-endian."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    # A single number counts as contiguous whatever its stride, which a view as bytes minds.
+    flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 

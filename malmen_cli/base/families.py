@@ -14,7 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from malmen_cli.exceptions import SpecError
 
-LAST_BLOCKS = 6  # the paper edits the last six blocks of its decoders
+# Where facts are edited by default, as shares of the depth (docs/editor-recipe.md): below the first, little reaches the
+# answer in one step; the last twelfth turns what is known into words and breaks other answers first.
+FIRST_EDITED, LAST_SPARED = 0.6, 1 / 12
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -49,8 +51,15 @@ def block_list(model: Any) -> tuple[str, nn.ModuleList]:
     )
 
 
-def default_modules(model: Any, last_blocks: int = LAST_BLOCKS) -> list[str]:
-    """The second MLP matrix of each of the last blocks, first block first.
+def edited_blocks(depth: int, last_blocks: int | None = None) -> range:
+    """The blocks edited by default: the last `last_blocks`, or those of FIRST_EDITED and LAST_SPARED."""
+    if last_blocks is not None:
+        return range(max(0, depth - last_blocks), depth)
+    return range(min(round(FIRST_EDITED * depth), depth - 1), depth - int(LAST_SPARED * depth))
+
+
+def default_modules(model: Any, last_blocks: int | None = None) -> list[str]:
+    """The second MLP matrix of each block that is edited by default, first block first.
 
     In a block it is the leaf that writes to the residual stream (its output is as wide as the model) from the
     widest input; the later one of equals, since blocks define attention before the MLP.
@@ -59,7 +68,7 @@ def default_modules(model: Any, last_blocks: int = LAST_BLOCKS) -> list[str]:
     width = model.get_input_embeddings().embedding_dim
     width = getattr(model.config.get_text_config(), "hidden_size", width)
     found = []
-    for index in range(max(0, len(blocks) - last_blocks), len(blocks)):
+    for index in edited_blocks(len(blocks), last_blocks):
         leaves = [(name, matrix_shape(leaf)) for name, leaf in blocks[index].named_modules() if is_leaf(leaf)]
         writers = [(dk, order, name) for order, (name, (dk, dv)) in enumerate(leaves) if dv == width]
         if not writers:
@@ -70,7 +79,7 @@ def default_modules(model: Any, last_blocks: int = LAST_BLOCKS) -> list[str]:
     return found
 
 
-def chosen_modules(model: Any, patterns: Sequence[str] | None, last_blocks: int = LAST_BLOCKS) -> list[str]:
+def chosen_modules(model: Any, patterns: Sequence[str] | None, last_blocks: int | None = None) -> list[str]:
     """The modules that a spec's `modules` patterns name (shell wildcards on dotted names), in the model's order.
 
     Raises SpecError for a pattern that matches nothing or nothing that can be edited.

@@ -18,11 +18,12 @@ class Encoded:
     """A prompt and its target in one sequence: `ids[:n_prompt]` is the prompt, the rest the answer.
 
     Answer token t is predicted at position t - 1, so `positions` runs from the last prompt token to the
-    second-last answer token.
+    second-last answer token. `subject` is the index of the subject's last token in the prompt, where it is known.
     """
 
     ids: tuple[int, ...]
     n_prompt: int
+    subject: int | None = None
 
     @property
     def answer(self) -> tuple[int, ...]:
@@ -51,12 +52,20 @@ def encode_prompt(tokenizer: Any, prompt: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def encode(tokenizer: Any, prompt: str, target: str, *, end_of_text: bool = False, room: int | None = None) -> Encoded:
+def encode(
+    tokenizer: Any,
+    prompt: str,
+    target: str,
+    *,
+    end_of_text: bool = False,
+    room: int | None = None,
+    subject: str | None = None,
+) -> Encoded:
     """Tokenise `prompt` and `target` so that the ids continue exactly what the prompt alone gives.
 
     end_of_text: append the tokenizer's end-of-text token to the answer, so that greedy answers stop.
-    room: the most tokens the model reads. Raises FactsError when the prompt or the target has no tokens, or both
-    together too many.
+    room: the most tokens the model reads. subject: what the fact is about, looked for in the prompt. Raises FactsError
+    when the prompt or the target has no tokens, or both together too many.
     """
     text, tail = join(prompt, target)
     head = encode_prompt(tokenizer, text)
@@ -69,7 +78,27 @@ def encode(tokenizer: Any, prompt: str, target: str, *, end_of_text: bool = Fals
     if end_of_text and tokenizer.eos_token_id is not None:
         answer = (*answer, tokenizer.eos_token_id)
     check_room(len(head) + len(answer), room)
-    return Encoded((*head, *answer), len(head))
+    place = subject_end(tokenizer, text, subject, head) if subject else None
+    return Encoded((*head, *answer), len(head), place)
+
+
+def subject_end(tokenizer: Any, prompt: str, subject: str, ids: tuple[int, ...]) -> int | None:
+    """Index in `ids`, the prompt's tokens, of the token that ends the subject's last mention; None where there is none.
+
+    Letter case does not matter, as a subject may open a sentence.
+    """
+    start = _lowered(prompt).rfind(_lowered(subject.strip())) if subject.strip() else -1
+    if start < 0:
+        return None
+    end = start + len(subject.strip())
+    if getattr(tokenizer, "is_fast", False):
+        spans = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"][: len(ids)]
+        # The last: the tokens of one character's bytes all have that character's span.
+        return max((i for i, (begin, stop) in enumerate(spans) if begin < end <= stop), default=None)
+    head = encode_prompt(tokenizer, prompt[:end])
+    common = next((i for i, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), min(len(head), len(ids)))
+    # Where the prompt departs from the shorter text, its token there runs on past the subject's end.
+    return min(common, len(head) - 1, len(ids) - 1) if head else None
 
 
 def check_room(length: int, room: int | None) -> None:
@@ -96,6 +125,11 @@ def _continuation(tokenizer: Any, text: str, tail: str, head: tuple[int, ...]) -
         if whole[: len(ids)] == ids and len(whole) > len(ids):
             return whole[len(ids) :]
     return tuple(tokenizer(tail, add_special_tokens=False)["input_ids"])
+
+
+def _lowered(text: str) -> str:
+    """Lower case with every character in its place; the few that would become two stay as they are."""
+    return "".join(low if len(low := character.lower()) == 1 else character for character in text)
 
 
 def _unspaced(character: str) -> bool:

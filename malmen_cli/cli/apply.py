@@ -16,9 +16,9 @@ from malmen_cli.cli.console import Console
 
 if TYPE_CHECKING:
     from malmen_cli.base.model import Base
-    from malmen_cli.edit import Plan, Ready
+    from malmen_cli.edit import Plan, Ready, Tuning
     from malmen_cli.editing.shift import Shift
-    from malmen_cli.editing.spec import Spec
+    from malmen_cli.editing.spec import FinetuneSpec, Spec
     from malmen_cli.facts.fact import Fact
     from malmen_cli.facts.files import FactFile
     from malmen_cli.scoring.report import Report
@@ -44,7 +44,7 @@ def apply(
         typer.Option(
             "--method",
             metavar="NAME",
-            help="malmen, mend or identity; by default the editor's own.",
+            help="malmen, mend, identity or finetune (no editor needed); by default the editor's own.",
             show_default=False,
         ),
     ] = None,
@@ -97,7 +97,8 @@ def apply(
     from malmen_cli.artifact.output import check_output
     from malmen_cli.base.locate import locate
     from malmen_cli.base.model import load_base
-    from malmen_cli.editing.spec import read_spec
+    from malmen_cli.editing.spec import FinetuneSpec, read_spec
+    from malmen_cli.exceptions import EditorError
     from malmen_cli.facts.files import read_facts
 
     started = time.monotonic()
@@ -105,6 +106,8 @@ def apply(
     settings = read_spec(spec, method=method)
     read = read_facts(facts, stdin=sys.stdin.buffer)
     if editor is not None:
+        if isinstance(settings, FinetuneSpec):
+            raise EditorError(f"{editor}: {settings.method} uses no editor; leave it out or choose another method")
         read_sealed(editor / DESCRIPTION)  # a folder that holds none is refused before the base is loaded
     folder = locate(base, revision=revision, note=console.note).folder
     if not dry_run:
@@ -125,10 +128,19 @@ def apply(
 
 
 def _ready(
-    console: Console, base: Base, spec: Spec, facts: Sequence[Fact], editor: Path | None, seed: int, batch_size: int
-) -> Ready:
-    from malmen_cli.edit import calibrated_identity
+    console: Console,
+    base: Base,
+    spec: Spec | FinetuneSpec,
+    facts: Sequence[Fact],
+    editor: Path | None,
+    seed: int,
+    batch_size: int,
+) -> Ready | Tuning:
+    from malmen_cli.edit import Tuning, calibrated_identity
+    from malmen_cli.editing.spec import FinetuneSpec
 
+    if isinstance(spec, FinetuneSpec):
+        return Tuning(spec.settings, seed)
     ready = _trained(base, spec, editor)
     if ready is not None:
         console.note(f"editor: {ready.source} ({ready.method})")
@@ -161,13 +173,25 @@ def _trained(base: Base, spec: Spec, editor: Path | None) -> Ready | None:
     return ready
 
 
-def _shift(console: Console, base: Base, ready: Ready, facts: Sequence[Fact], batch_size: int) -> Shift:
-    from malmen_cli.edit import make_shift
+def _shift(console: Console, base: Base, ready: Ready | Tuning, facts: Sequence[Fact], batch_size: int) -> Shift:
+    from malmen_cli.edit import Tuning, make_shift
 
-    passes = ready.editor.settings.passes
+    passes = ready.settings.passes
     said = f"editing, {passes} passes over {len(facts)} facts" if passes > 1 else "editing"
+    if isinstance(ready, Tuning):
+        said = f"fine-tuning, at most {passes} epochs of {len(facts)} facts"
+    last = ""
+
+    def note(text: str) -> None:
+        nonlocal last
+        last = text
+        progress.update(text)
+
     with console.progress(said, len(facts) * passes) as progress:
-        return make_shift(base, ready, facts, batch_size=batch_size, progress=progress.advance)
+        shift = make_shift(base, ready, facts, batch_size=batch_size, progress=progress.advance, note=note)
+    if last:
+        console.note(f"fine-tuned: {last}")
+    return shift
 
 
 def _score(
@@ -194,7 +218,7 @@ def _score(
 def _write(
     console: Console,
     base: Base,
-    ready: Ready,
+    ready: Ready | Tuning,
     shift: Shift,
     read: FactFile,
     out: Path,
@@ -226,7 +250,7 @@ def _write(
 def _dry_run(
     console: Console,
     base: Base,
-    spec: Spec,
+    spec: Spec | FinetuneSpec,
     read: FactFile,
     editor: Path | None,
     out: Path,
@@ -236,19 +260,22 @@ def _dry_run(
 ) -> None:
     from malmen_cli.artifact.output import check_disk, check_output, plan_bytes
     from malmen_cli.edit import plan
+    from malmen_cli.editing.spec import FinetuneSpec
 
-    ready = _trained(base, spec, editor)
-    settings = ready.editor.settings if ready is not None else replace(spec.settings, network="identity")
-    work: Plan = plan(base, read.facts, settings, batch_size)
+    ready = None
+    if isinstance(spec, FinetuneSpec):
+        work: Plan = plan(base, read.facts, spec.settings, batch_size)
+        using = f"fine-tuning, at most {spec.settings.epochs} epochs in batches of {spec.settings.batch_facts} facts"
+    elif (ready := _trained(base, spec, editor)) is not None:
+        work = plan(base, read.facts, ready.settings, batch_size)
+        using = f"editor {ready.source}"
+    else:
+        work = plan(base, read.facts, replace(spec.settings, network="identity"), batch_size)
+        using = "no trained editor: an untrained one, calibrated on the facts"
     need = plan_bytes(format, base_folder=base.folder, shapes=list(work.modules.values()), rank=work.rank)
     check_output(out, base_folder=base.folder, force=force)
     check_disk(out, need)
-    using = (
-        f"editor {ready.source}"
-        if ready is not None
-        else "no trained editor: an untrained one, calibrated on the facts"
-    )
-    console.note(f"would edit {len(work.modules)} modules of {base.name} with {using}")
+    console.note(f"would edit {len(work.modules)} module{'s' * (len(work.modules) > 1)} of {base.name} with {using}")
     for name, (dk, dv) in work.modules.items():
         console.note(f"  {name}  {dk} x {dv}")
     form = f"exact factors of rank {work.rank}" if work.rank is not None else "dense"

@@ -98,6 +98,10 @@ def evaluate(
         Path | None,
         typer.Option("--per-fact", metavar="FILE", help="Write one JSON line a question.", show_default=False),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Draw base beside edited: .png, .svg, .pdf.", show_default=False),
+    ] = None,
     no_greedy: Annotated[
         bool, typer.Option("--no-greedy", help="Leave the greedy protocol out: faster, and a milder judge.")
     ] = False,
@@ -123,13 +127,13 @@ def evaluate(
 
     Examples:
       malmen eval edited/ facts.yaml --min-es 0.95 --min-ls 0.8
-      malmen eval delta/ facts.yaml --base gpt2 --per-fact answers.jsonl
+      malmen eval delta/ facts.yaml --base gpt2 --per-fact answers.jsonl --plot scores.png
       malmen eval edited/ held-out.jsonl --json | jq .after.score
     """
     started = time.monotonic()
     minima = {"es": min_es, "gs": min_gs, "ls": min_ls, "ps": min_ps, "score": min_score}
     _check_gates_measurable(minima, gate_protocol, greedy=not no_greedy)
-    _check_file(per_fact, force)
+    _check_files(per_fact, plot, force)
     console = Console(quiet=quiet, verbose=verbose, json=json)
     chosen = _read(facts, limit)
     pair = _pair(model, base, revision)
@@ -139,7 +143,7 @@ def evaluate(
         return
     loading = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     report = _score(_Run(console, loading, batch_size, not no_greedy), pair, folder, chosen, seed)
-    _publish(console, report, pair, minima, gate_protocol, per_fact, started)
+    _publish(console, report, pair, minima, gate_protocol, per_fact, plot, started)
 
 
 def _publish(
@@ -149,9 +153,10 @@ def _publish(
     minima: dict[str, float | None],
     protocol: str,
     per_fact: Path | None,
+    plot: Path | None,
     started: float,
 ) -> None:
-    """Table, file and document; then exit 1 if a gate is not met."""
+    """Table, files and document; then exit 1 if a gate is not met."""
     from malmen_cli.artifact.atomic import write_file
     from malmen_cli.scoring.report import check_gates, table
 
@@ -160,6 +165,10 @@ def _publish(
     if per_fact is not None:
         lines = [jsonlib.dumps(record, ensure_ascii=False) + "\n" for record in report.per_fact()]
         write_file(per_fact, "".join(lines).encode())
+    if plot is not None:
+        from malmen_cli.scoring.plot import eval_plot, plot_format
+
+        write_file(plot, eval_plot(report, plot_format(plot)))
     seconds = time.monotonic() - started
     console.document(report.to_json(model=pair.model, base=pair.base, gates=gates, seconds=seconds))
     failed = [gate for gate in gates if not gate.passed]
@@ -286,13 +295,19 @@ def _check_gates_measurable(minima: dict[str, float | None], protocol: str, *, g
         raise typer.BadParameter("with --no-greedy, gates need --gate-protocol teacher_forced")
 
 
-def _check_file(file: Path | None, force: bool) -> None:
-    if file is None:
-        return
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        raise OutputError(f"{file}: not a file in an existing folder; name another with --per-fact")
-    if file.exists() and not force:
-        raise OutputError(f"{file}: already there; use --force to replace it, or name another file")
+def _check_files(per_fact: Path | None, plot: Path | None, force: bool) -> None:
+    """Files that cannot be written, or a picture that cannot be drawn, are refused before anything is asked."""
+    for option, file in {"--per-fact": per_fact, "--plot": plot}.items():
+        if file is None:
+            continue
+        if file.is_dir() or not file.absolute().parent.is_dir():
+            raise OutputError(f"{file}: not a file in an existing folder; name another with {option}")
+        if file.exists() and not force:
+            raise OutputError(f"{file}: already there; use --force to replace it, or name another file")
+    if plot is not None:
+        from malmen_cli.scoring.plot import plot_format
+
+        plot_format(plot)
 
 
 def _said(note: str | None) -> str:

@@ -107,16 +107,17 @@ def train_editor(
     from malmen_cli.artifact.output import check_output
     from malmen_cli.base.locate import locate
     from malmen_cli.base.model import load_base
-    from malmen_cli.editing.spec import read_spec
+    from malmen_cli.editing.spec import read_editor_spec
     from malmen_cli.training.session import Order, state_folder, train
 
     if out is None and no_install:
         raise typer.BadParameter("--no-install needs -o DIR: the editor would be nowhere")
     console = Console(quiet=quiet, verbose=verbose, json=json)
-    chosen = read_spec(spec, method=method)
+    chosen = read_editor_spec(spec, method=method)
     training = _training(chosen, steps, facts_per_step)
     train_facts, valid_facts = _facts(console, facts, valid, training, seed)
-    order = Order(chosen, training, train_facts, valid_facts, seed, batch_size)
+    from_files = {"sources": facts, "valid_sources": [valid] if valid is not None else facts}
+    order = Order(chosen, training, train_facts, valid_facts, seed, batch_size, **from_files)
     folder = locate(base, revision=revision, note=console.note).folder
     loaded = load_base(base, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     place = out or _own_place(loaded, chosen.method)

@@ -21,14 +21,39 @@ class Rows:
     """Captured rows of a few facts. Module axis m in the order of `names`.
 
     keys: per name (n, dk) fp32; gradients: per name (n, dv) fp32; values: per name (n, dv) fp32, the module's
-    output there; owners: (n,) long, index of each row's fact in the sequence given.
+    output there; owners: (n,) long, index of each row's fact in the sequence given; roles: (n,) long, see ROLES.
     """
 
     keys: dict[str, Tensor]
     gradients: dict[str, Tensor]
     values: dict[str, Tensor]
     owners: Tensor
+    roles: Tensor
     loss: float
+
+
+# What a row's token is in its fact: tokens of one role have keys and gradients of one scale.
+PROMPT_END, ANSWER, SUBJECT, CONTEXT = range(4)
+ROLES = {"answer": 2, "subject": 3, "all": 4}  # setting `tokens` -> number of roles there are
+
+
+def places(edit: Encoded, tokens: str) -> list[tuple[int, int]]:
+    """The positions of an edit that give rows, each with its role, in order of position.
+
+    `answer`: where answer tokens are predicted (MALMEN). `subject`: the subject's last token too, where MEMIT found
+    facts to be looked up. `all`: every token whose output the answer can see. The first token is left alone unless it
+    is the whole prompt: as the attention sink it has one huge key whatever its word; a shift there moves every text.
+    """
+    role = dict.fromkeys(range(1, edit.n_prompt), CONTEXT) if tokens == "all" else {}
+    if tokens != "answer" and edit.subject:
+        role[edit.subject] = SUBJECT
+    role |= {position: ANSWER if position >= edit.n_prompt else PROMPT_END for position in edit.positions}
+    return sorted(role.items())
+
+
+def row_count(edits: Sequence[Encoded], tokens: str) -> int:
+    """How many rows `edits` will give."""
+    return sum(len(places(edit, tokens)) for edit in edits)
 
 
 @contextmanager
@@ -62,16 +87,16 @@ def watching(
 
 
 def edit_rows(
-    runner: Runner, edits: Sequence[Encoded], names: Sequence[str], batch_size: int, *, keep: bool = False
+    runner: Runner, edits: Sequence[Encoded], names: Sequence[str], batch_size: int, tokens: str, *, keep: bool = False
 ) -> Iterator[Rows]:
-    """Keys and value gradients of `edits`, one LM batch at a time, longest prompts first.
+    """Keys and value gradients of `edits` at the places that `tokens` asks for, one LM batch at a time, longest first.
 
     The loss of a fact is the sum over its answer tokens divided by their number, and facts are summed, so that
     the rows do not depend on how facts are batched. A batch that does not fit in memory is halved.
     Raises NumericsError naming module and fact position, MemoryLimitError when one fact does not fit.
     """
     for indices in by_length([len(e.ids) for e in edits], batch_size):
-        yield from halving(indices, lambda part: _batch_rows(runner, edits, names, part, keep=keep))
+        yield from halving(indices, lambda part: _batch_rows(runner, edits, names, part, tokens, keep=keep))
 
 
 def fact_loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -82,23 +107,25 @@ def fact_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def _batch_rows(
-    runner: Runner, edits: Sequence[Encoded], names: Sequence[str], indices: Sequence[int], *, keep: bool
+    runner: Runner, edits: Sequence[Encoded], names: Sequence[str], indices: Sequence[int], tokens: str, *, keep: bool
 ) -> Rows:
     with torch.enable_grad(), watching(runner.model, names, gradients=True) as (inputs, outputs):
         logits, batch = runner.logits([edits[i] for i in indices], keep=keep)
         loss = fact_loss(logits, batch)
         gradients = torch.autograd.grad(loss, [outputs[name] for name in names])
     shape = batch.ids.shape
+    chosen = [(i, row, *place) for row, i in enumerate(indices) for place in places(edits[i], tokens)]
+    owners, lines, columns, roles = torch.tensor(chosen, dtype=torch.long).reshape(-1, 4).T.to(batch.rows.device)
 
-    def at_answers(tensor: Tensor) -> Tensor:
-        return tensor.detach().reshape(*shape, -1)[batch.rows, batch.columns].float()
+    def at_places(tensor: Tensor) -> Tensor:
+        return tensor.detach().reshape(*shape, -1)[lines, columns].float()
 
-    owners = torch.tensor(indices, device=batch.rows.device)[batch.owners]
     rows = Rows(
-        {name: at_answers(inputs[name]) for name in names},
-        {name: at_answers(gradient) for name, gradient in zip(names, gradients, strict=True)},
-        {name: at_answers(outputs[name]) for name in names},
+        {name: at_places(inputs[name]) for name in names},
+        {name: at_places(gradient) for name, gradient in zip(names, gradients, strict=True)},
+        {name: at_places(outputs[name]) for name in names},
         owners,
+        roles,
         float(loss.detach()),
     )
     _check_finite(rows)

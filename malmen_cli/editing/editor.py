@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from malmen_cli.base.families import chosen_modules, matrix_shape
+from malmen_cli.editing.capture import ROLES
 from malmen_cli.editing.hypernetwork import HyperNetwork
 from malmen_cli.editing.ridge import Penalty, Preserved
 from malmen_cli.editing.settings import MalmenSettings
 from malmen_cli.editing.shift import weight_layout
 from malmen_cli.exceptions import EditorError, NumericsError
+
+HALVED = ("down", "up", "preserved_basis")  # nearly all of an editor; half the digits change no score
 
 
 @dataclass
@@ -57,9 +60,15 @@ class Editor:
         groups = []
         blocks = settings.blocks if settings.network == "mlp" else 0
         for (dk, dv), members in shapes.items():
-            network = HyperNetwork(len(members), dk, dv, rank=settings.rank, blocks=blocks, generator=generator).to(
-                device
-            )
+            network = HyperNetwork(
+                len(members),
+                dk,
+                dv,
+                rank=settings.rank,
+                blocks=blocks,
+                roles=ROLES[settings.tokens],
+                generator=generator,
+            ).to(device)
             groups.append(Group(tuple(members), dk, dv, network, Preserved.none(len(members), dk, device)))
         return cls(settings, groups, {name: weight_layout(model.get_submodule(name)) for name in names})
 
@@ -98,13 +107,19 @@ class Editor:
         for index, group in enumerate(editor.groups):
             mine = {name.removeprefix(f"{index}."): t for name, t in state.items() if name.startswith(f"{index}.")}
             device = group.network.mean.device
-            group.preserved = Preserved(*(mine.pop(f"preserved_{k}").to(device) for k in ("basis", "energies", "rest")))
+            parts = (mine.pop(f"preserved_{k}").to(device, torch.float32) for k in ("basis", "energies", "rest"))
+            group.preserved = Preserved(*parts)
             _check_shapes(where, index, group, mine)
             group.network.load_state_dict(mine)
         for name, tensor in state.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise NumericsError(f"{where}: tensor {name} is not finite; train the editor again")
         return editor
+
+
+def compact(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An editor's state as it is saved: the large tensors in bfloat16, the others as they are."""
+    return {name: t.bfloat16() if name.split(".", 1)[1] in HALVED else t for name, t in state.items()}
 
 
 def _check_shapes(where: str, index: int, group: Group, state: Mapping[str, Tensor]) -> None:

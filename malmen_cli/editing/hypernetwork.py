@@ -1,8 +1,9 @@
 """The hyper-network: normalised key and value gradient of one row to pseudo-key and pseudo-gradient.
 
 One network per weight shape (dk, dv), shared by the m modules of that shape; D = dk + dv. Block i computes
-`y <- y + scale_i[m] * relu(y A_i B_i + bias_i) + shift_i[m]` with B_i = 0 at the start, so that the untrained
-network is the identity on normalised features (MALMEN, section 3; after MEND).
+`y <- y + scale_i[m, r] * relu(y A_i B_i + bias_i) + shift_i[m, r]` with B_i = 0 at the start, so that the untrained
+network is the identity on normalised features (MALMEN, section 3; after MEND). Normaliser, scale, shift and step are
+per module m and, ours, per role r of the row's token (see capture.ROLES), since roles differ in scale.
 """
 
 from __future__ import annotations
@@ -49,15 +50,25 @@ class Moments:
 class HyperNetwork(nn.Module):
     """Value shifts of m modules of one shape from their keys and value gradients.
 
-    rank: of each block; blocks: 0 gives the identity network. Learned besides the blocks: per module
-    log step `log_lr`, `log_lambda`, `log_mu`. The normaliser (mean, std) is a buffer, frozen after calibration.
+    rank: of each block; blocks: 0 gives the identity network. Learned besides the blocks: log step `log_lr` per
+    module and role, `log_lambda` and `log_mu` per module. The normaliser (mean, std) is a buffer, frozen after
+    calibration.
     """
 
     mean: Tensor
     std: Tensor
+    limit: Tensor
 
     def __init__(
-        self, modules: int, dk: int, dv: int, *, rank: int, blocks: int, generator: torch.Generator | None = None
+        self,
+        modules: int,
+        dk: int,
+        dv: int,
+        *,
+        rank: int,
+        blocks: int,
+        roles: int = 1,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         width = dk + dv
@@ -65,34 +76,53 @@ class HyperNetwork(nn.Module):
         self.down = nn.Parameter(torch.randn(blocks, width, rank, generator=generator) / width**0.5)
         self.up = nn.Parameter(torch.zeros(blocks, rank, width))
         self.bias = nn.Parameter(torch.zeros(blocks, width))
-        self.scale = nn.Parameter(torch.ones(blocks, modules, width))
-        self.shift = nn.Parameter(torch.zeros(blocks, modules, width))
-        self.log_lr = nn.Parameter(torch.zeros(modules))
+        self.scale = nn.Parameter(torch.ones(blocks, modules, roles, width))
+        self.shift = nn.Parameter(torch.zeros(blocks, modules, roles, width))
+        self.log_lr = nn.Parameter(torch.zeros(modules, roles))
         self.log_lambda = nn.Parameter(torch.zeros(modules))
         self.log_mu = nn.Parameter(torch.zeros(modules))
-        self.register_buffer("mean", torch.zeros(modules, width))
-        self.register_buffer("std", torch.ones(modules, width))
+        self.register_buffer("mean", torch.zeros(modules, roles, width))
+        self.register_buffer("std", torch.ones(modules, roles, width))
+        self.register_buffer("limit", torch.full((modules, roles), torch.finfo(torch.float32).max))
 
-    def normalise_by(self, moments: Moments, *, centre: bool) -> None:
-        """Freeze the normaliser; without centring, features are divided by their root mean square."""
+    @property
+    def roles(self) -> int:
+        """How many roles of tokens are told apart."""
+        return self.log_lr.shape[1]
+
+    def normalise_by(self, moments: Moments, *, centre: bool, role: int = 0) -> None:
+        """Freeze a role's normaliser; without centring, features are divided by their root mean square."""
         spread = moments.variance if centre else moments.mean_square
-        self.mean.copy_(moments.mean if centre else torch.zeros_like(moments.mean))
+        self.mean[:, role] = moments.mean if centre else torch.zeros_like(moments.mean)
         # Keys and gradients apart: their scales have nothing to do with each other.
         parts = (spread[:, : self.dk], spread[:, self.dk :])
         typical = torch.cat([part.mean(-1, keepdim=True).expand_as(part) for part in parts], -1)
         typical = typical.clamp(min=VARIANCE_FLOOR)
-        self.std.copy_(torch.where(spread > VARIANCE_FLOOR * typical, spread, typical).sqrt())
+        self.std[:, role] = torch.where(spread > VARIANCE_FLOOR * typical, spread, typical).sqrt()
 
-    def features(self, keys: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """Pseudo-keys (m, n, dk) and pseudo-gradients (m, n, dv) of keys (m, n, dk) and value gradients (m, n, dv)."""
-        y = (torch.cat([keys, gradients], -1) - self.mean[:, None]) / self.std[:, None]
+    def features(self, keys: Tensor, gradients: Tensor, roles: Tensor) -> tuple[Tensor, Tensor]:
+        """Pseudo-keys (m, n, dk) and pseudo-gradients (m, n, dv) of keys (m, n, dk) and value gradients (m, n, dv).
+
+        roles: (n,) long.
+        """
+        y = (torch.cat([keys, gradients], -1) - self.mean[:, roles]) / self.std[:, roles]
         for down, up, bias, scale, shift in zip(self.down, self.up, self.bias, self.scale, self.shift, strict=True):
             # clamp, not relu: its gradient at 0 is 1, so that B = 0 and bias = 0 can leave the start.
-            y = y + scale[:, None] * (y @ down @ up + bias).clamp(min=0) + shift[:, None]
+            y = y + scale[:, roles] * (y @ down @ up + bias).clamp(min=0) + shift[:, roles]
         return y[..., : self.dk], y[..., self.dk :]
 
-    def value_shifts(self, keys: Tensor, gradients: Tensor) -> Tensor:
-        """`d_j = -lr (k_j . k~_j) g~_j`, (m, n, dv)."""
-        pseudo_keys, pseudo_gradients = self.features(keys, gradients)
-        agreement = (keys * pseudo_keys).sum(-1, keepdim=True)
-        return -self.log_lr.exp()[:, None, None] * agreement * pseudo_gradients
+    def steps(self, roles: Tensor) -> Tensor:
+        """lr of each row, (m, n, 1)."""
+        return self.log_lr.exp()[:, roles, None]
+
+    def value_shifts(self, keys: Tensor, gradients: Tensor, roles: Tensor) -> Tensor:
+        """`d_j = -lr (k_j . k~_j) g~_j`, (m, n, dv).
+
+        `k . k~` grows with the square of a key and `g~` with the loss; a few tokens have keys a hundred times the
+        others'. The norm of `d / lr` is bounded by `limit` (m, roles), so that no row outweighs all others.
+        """
+        pseudo_keys, pseudo_gradients = self.features(keys, gradients, roles)
+        push = (keys * pseudo_keys).sum(-1, keepdim=True) * pseudo_gradients
+        size = push.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(push.dtype).tiny)
+        bounded: Tensor = push * (self.limit[:, roles, None] / size).clamp(max=1)
+        return -self.steps(roles) * bounded

@@ -14,37 +14,66 @@ from malmen_cli.exceptions import SpecError
 S = TypeVar("S")
 
 
-IDENTITY_ROUNDS = 5  # what one careful step of an untrained network leaves undone, the next ones do
+ROUNDS = 4  # small steps that correct each other beat one large one, which no locality survives
 
 
 @dataclass(frozen=True)
 class MalmenSettings:
     """MALMEN and its relatives. MEND is `aggregation: sum`; the untrained form is `network: identity`."""
 
-    modules: tuple[str, ...] | None = None  # patterns; default: the second MLP matrix of the last blocks
-    last_blocks: int = 6  # the paper's choice for decoders
+    modules: tuple[str, ...] | None = None  # patterns; default: the second MLP matrix of blocks at 60% to 92% of depth
+    last_blocks: int | None = None  # instead: of the last so many blocks (the paper: 6)
+    tokens: Literal["answer", "subject", "all"] = "subject"  # where rows are taken: see capture.places
     aggregation: Literal["ridge", "sum"] = "ridge"
     network: Literal["mlp", "identity"] = "mlp"
-    rank: int = 512
+    rank: int = 256
     blocks: int = 2  # of the hyper-network, as in the paper
     centre: bool = True  # subtract the mean of keys and gradients before the hyper-network
-    rounds: int | None = None  # passes over the facts, each on the model edited so far; default by network
+    rounds: int | None = None  # passes over the facts, each on the model edited so far; default: ROUNDS, MEND's sum 1
     end_of_text: bool = True  # append end-of-text to targets, so that greedy answers stop
     ridge_lambda: float = 1.0  # in units of the keys' mean square entry
-    preserved_rank: int = 512  # of C0; 0 leaves the preserved-key term out
-    preserved_weight: float = 10.0  # mu at the start, in pseudo-facts
+    preserved_rank: int = 256  # of C0; 0 leaves the preserved-key term out
+    preserved_weight: float = 100.0  # mu at the start, in pseudo-facts
 
     @property
     def passes(self) -> int:
-        """How often the facts are gone over: once with a trained network, which learned to do it in one step."""
+        """How often the facts are gone over."""
         if self.rounds is not None:
             return self.rounds
-        return IDENTITY_ROUNDS if self.network == "identity" else 1
+        return 1 if self.aggregation == "sum" else ROUNDS
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "last_blocks", "rank", *(["rounds"] if self.rounds is not None else []))
+        given = [name for name in ("last_blocks", "rounds") if getattr(self, name) is not None]
+        at_least(self, 1, "rank", *given)
         at_least(self, 0, "blocks", "preserved_rank", "preserved_weight")
         above_zero(self, "ridge_lambda")
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Fine-tuning of one matrix: LocFT-BF (Yang et al., arXiv 2509.22072), whose published runs take 25 epochs."""
+
+    modules: tuple[str, ...] | None = None  # patterns that name one matrix; default: the second MLP matrix of `block`
+    block: int | None = None  # counted from 0; default: two thirds of the way up, see methods/finetune.py
+    epochs: int = 25  # at most
+    batch_facts: int = 64  # facts behind one step of Adam
+    lr: float = 1e-3
+    weight_decay: float = 0.0  # AdamW's, of the shift: it pulls the matrix back to the base's
+    max_relative_norm: float | None = None  # of the shift to the matrix, Frobenius; default: unbounded
+    end_of_text: bool = True  # append end-of-text to targets, so that greedy answers stop
+    stop_loss: float = 0.02  # an epoch with a mean loss below, in nats a token, is the last; 0 runs every epoch
+
+    @property
+    def passes(self) -> int:
+        """How often the facts are gone over, at most."""
+        return self.epochs
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "epochs", "batch_facts")
+        at_least(self, 0, "weight_decay", "stop_loss", *(["block"] if self.block is not None else []))
+        above_zero(self, "lr", *(["max_relative_norm"] if self.max_relative_norm is not None else []))
+        if self.modules and self.block is not None:
+            raise SpecError("block: `modules` names the matrix already; give one of the two")
 
 
 def at_least(settings: object, least: float, *names: str) -> None:

@@ -1,8 +1,8 @@
 """Specs: settings in YAML, checked whole before anything is loaded.
 
 method: malmen            # see methods.METHODS
-settings: {last_blocks: 6, rank: 512}
-training: {steps: 600}    # used by train-editor
+settings: {tokens: subject, rank: 256}
+training: {steps: 600}    # used by train-editor; finetune has none
 facts: [...]              # optional; read by facts/
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from malmen_cli.editing.methods import method_entry
-from malmen_cli.editing.settings import MalmenSettings, from_mapping
+from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, from_mapping
 from malmen_cli.exceptions import FactsError, SpecError
 from malmen_cli.facts.yaml_reader import load_yaml
 
@@ -24,7 +24,7 @@ METHOD = "malmen"
 
 @dataclass(frozen=True)
 class Spec:
-    """A method, its settings, and the mapping of training settings as written (checked by `training`)."""
+    """A method with an editor, its settings, and the training settings as written (checked by `training`)."""
 
     method: str = METHOD
     settings: MalmenSettings = field(default_factory=MalmenSettings)
@@ -34,11 +34,39 @@ class Spec:
     method_given: bool = False  # by the command line or the file; else a trained editor brings its own
 
 
-def read_spec(path: Path | None, *, method: str | None = None) -> Spec:
+@dataclass(frozen=True)
+class FinetuneSpec:
+    """A method that needs no editor, and its settings."""
+
+    method: str = "finetune"
+    settings: FinetuneSettings = field(default_factory=FinetuneSettings)
+    source: str = "defaults"
+
+
+def read_spec(path: Path | None, *, method: str | None = None) -> Spec | FinetuneSpec:
     """The spec in a YAML file, or the defaults. method: what the command line asks for, over the file's.
 
     Raises SpecError naming file and setting.
     """
+    name, document, source = _opened(path, method)
+    if method_entry(name).has_editor:
+        return _editor_spec(name, document, source, method_given=method is not None)
+    if _mapping(document, "training", source):
+        raise SpecError(f"{source}: training: {name} needs no training; leave it out or choose another method")
+    settings = from_mapping(FinetuneSettings, _mapping(document, "settings", source), _where(source))
+    return FinetuneSpec(name, settings, source)
+
+
+def read_editor_spec(path: Path | None, *, method: str | None = None) -> Spec:
+    """The spec of an editor to train. Raises SpecError as `read_spec` does, and for a method that has no editor."""
+    name, document, source = _opened(path, method)
+    if not method_entry(name).has_editor:
+        raise SpecError(f"{name} needs no training; use it with: malmen apply BASE FACTS -o DIR --method {name}")
+    return _editor_spec(name, document, source, method_given=method is not None)
+
+
+def _opened(path: Path | None, method: str | None) -> tuple[str, Mapping[str, Any], str]:
+    """A spec's method, its document with no key unknown, and what errors call it."""
     document = _read(path) if path is not None else {}
     source = str(path) if path is not None else "settings"
     unknown = [key for key in document if key not in KEYS]
@@ -47,17 +75,17 @@ def read_spec(path: Path | None, *, method: str | None = None) -> Spec:
     name = method or document.get("method", METHOD)
     if not isinstance(name, str):
         raise SpecError(f"{source}: method must be a name, not {name!r}")
-    return Spec(
-        name,
-        settings_of(name, _mapping(document, "settings", source), source),
-        _mapping(document, "training", source),
-        source,
-        _mapping(document, "settings", source),
-        method_given=method is not None or "method" in document,
-    )
+    return name, document, source
 
 
-def settings_of(method: str, given: Mapping[str, Any], source: str) -> MalmenSettings:
+def _editor_spec(method: str, document: Mapping[str, Any], source: str, *, method_given: bool) -> Spec:
+    given = _mapping(document, "settings", source)
+    training = _mapping(document, "training", source)
+    settings = _with_preset(method, given, source)
+    return Spec(method, settings, training, source, given, method_given=method_given or "method" in document)
+
+
+def _with_preset(method: str, given: Mapping[str, Any], source: str) -> MalmenSettings:
     """A method's settings: its preset, which may not be contradicted, and what is given."""
     preset = dict(method_entry(method).preset)
     for key, value in preset.items():
@@ -65,9 +93,11 @@ def settings_of(method: str, given: Mapping[str, Any], source: str) -> MalmenSet
             raise SpecError(
                 f"{source}: {method} is malmen with {key}: {value}; leave {key} out or choose another method"
             )
-    return from_mapping(
-        MalmenSettings, {**given, **preset}, f"{source}: settings" if source != "settings" else "settings"
-    )
+    return from_mapping(MalmenSettings, {**given, **preset}, _where(source))
+
+
+def _where(source: str) -> str:
+    return f"{source}: settings" if source != "settings" else "settings"
 
 
 def _mapping(document: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:

@@ -25,6 +25,8 @@ from malmen_cli.exceptions import NumericsError
 from malmen_cli.training.objective import Reference, meta_loss
 
 STEPS = tuple(0.01 * 2**k for k in range(11))  # relative to the module's own output, 1% to 10 times
+PUSH_LIMIT = 3.0  # times the median |(k . k~) g~| of a role's rows, beyond which a row pushes no harder
+SHARE = 0.75  # of the best single step, for each of several passes by its number: small steps that correct each other
 REFINEMENTS = 3  # halvings of the log-space bracket around the best of STEPS
 
 
@@ -52,8 +54,8 @@ def preserve(editor: Editor, runner: Runner, sequences: Sequence[Encoded], batch
     for keys in all_keys(runner, sequences, editor.names, batch_size):
         count += len(keys[editor.names[0]])
         for group in editor.groups:
-            stacked = group.stack(keys)
-            moments[group.names] += (stacked.mT @ stacked).double()
+            for place, name in enumerate(group.names):  # one at a time: a wide model's take gigabytes each
+                moments[group.names][place] += keys[name].mT @ keys[name]
     for group in editor.groups:
         group.preserved = Preserved.of(moments[group.names] / count, rank).to(group.network.mean.device)
 
@@ -73,7 +75,7 @@ def calibrate(
 
     Raises NumericsError when no step gives a finite meta-loss.
     """
-    parts = list(edit_rows(runner, edits, editor.names, batch_size, keep=True))
+    parts = list(edit_rows(runner, edits, editor.names, batch_size, editor.settings.tokens, keep=True))
     captured = [gather(group, parts) for group in editor.groups]
     for group, rows in zip(editor.groups, captured, strict=True):
         _normalise(group, rows, editor)
@@ -101,8 +103,9 @@ def calibrate(
     best = _search(objective)
     if not all(map(math.isfinite, tried[best])):
         raise NumericsError("calibration found no step with a finite meta-loss; the base gives NaN on these facts")
+    passes = editor.settings.passes
     for group in editor.groups:
-        group.network.log_lr.data.add_(math.log(best))
+        group.network.log_lr.data.add_(math.log(best * (SHARE / passes if passes > 1 else 1)))
     totals = {
         f"{step:.4g}": round(learned + locality_weight * moved, 6)
         for step, (learned, moved) in sorted(tried.items())
@@ -117,10 +120,19 @@ def scaled(shift: Shift, by: float) -> Shift:
 
 
 def _normalise(group: Group, rows: Captured, editor: Editor) -> None:
-    moments = Moments(len(group.names), group.dk + group.dv, rows.keys.device)
-    moments.add(torch.cat([rows.keys, rows.gradients], -1))
+    """Each role by its own rows; a role with fewer than two, by all of them."""
     centre = editor.settings.centre and editor.settings.network != "identity"
-    group.network.normalise_by(moments, centre=centre)
+    for role in range(group.network.roles):
+        moments = Moments(len(group.names), group.dk + group.dv, rows.keys.device)
+        mine = _of_role(rows.roles, role)
+        moments.add(torch.cat([rows.keys[:, mine], rows.gradients[:, mine]], -1))
+        group.network.normalise_by(moments, centre=centre, role=role)
+
+
+def _of_role(roles: Tensor, role: int) -> Tensor:
+    """Which rows (n,) have the role; every one where fewer than two have, since one alone has no spread."""
+    mine = roles == role
+    return mine if int(mine.sum()) > 1 else torch.ones_like(mine)
 
 
 def _set_penalty(group: Group, rows: Captured, editor: Editor) -> None:
@@ -131,15 +143,24 @@ def _set_penalty(group: Group, rows: Captured, editor: Editor) -> None:
 
 
 def _natural_log_lr(group: Group, rows: Captured, parts: Sequence[Rows]) -> Tensor:
-    """Log of the lr at which a row's value shift is, on average, as large as the module's output there."""
+    """Log of the lr (m, roles) at which a row's value shift is, on average, as large as the module's output there."""
+    tiny = torch.finfo(torch.float32).tiny
+    natural = []
     with torch.no_grad():
-        pseudo_keys, pseudo_gradients = group.network.features(rows.keys, rows.gradients)
-        agreement = (rows.keys * pseudo_keys).sum(-1).abs().mean(-1)
-        size = agreement * pseudo_gradients.norm(dim=-1).mean(-1)
-        values = torch.cat([group.stack(part.values) for part in parts], 1).norm(dim=-1).mean(-1)
-        tiny = torch.finfo(torch.float32).tiny
-        natural: Tensor = (values.clamp(min=tiny) / size.clamp(min=tiny)).log()
-    return natural
+        pseudo_keys, pseudo_gradients = group.network.features(rows.keys, rows.gradients, rows.roles)
+        agreement, push = (rows.keys * pseudo_keys).sum(-1).abs(), pseudo_gradients.norm(dim=-1)
+        outputs = torch.cat([group.stack(part.values) for part in parts], 1).norm(dim=-1)
+        roles = torch.cat([part.roles for part in parts])  # of the outputs, which are not in the order of facts
+        for role in range(group.network.roles):
+            mine = _of_role(rows.roles, role)
+            sizes = agreement[:, mine] * push[:, mine]
+            # Of the rows that push at all: what nothing later reads has a gradient of 0 and says nothing of the others.
+            size = sizes.masked_fill(sizes <= tiny, torch.nan).nanmedian(-1).values.nan_to_num(nan=0.0)
+            group.network.limit[:, role] = PUSH_LIMIT * size.clamp(min=tiny)
+            values = outputs[:, _of_role(roles, role)].mean(-1)
+            # Where nothing later reads a role's tokens its gradients are zero, and any step will do.
+            natural.append(torch.where(size > tiny, values.clamp(min=tiny) / size.clamp(min=tiny), 1.0).log())
+    return torch.stack(natural, -1)
 
 
 def _search(objective: Callable[[float], float]) -> float:

@@ -34,7 +34,7 @@ def encode_examples(
     for fact in facts:
         try:
             edit, *rephrases = (
-                encode(tokenizer, prompt, fact.target, end_of_text=end_of_text, room=room)
+                encode(tokenizer, prompt, fact.target, end_of_text=end_of_text, room=room, subject=fact.subject)
                 for prompt in (fact.prompt, *fact.rephrases)
             )
         except FactsError as error:

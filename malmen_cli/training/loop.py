@@ -10,6 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing.capture import edit_rows
-from malmen_cli.editing.editor import Editor
-from malmen_cli.editing.methods.malmen import Malmen, gather
+from malmen_cli.editing.editor import Editor, compact
+from malmen_cli.editing.methods.malmen import Captured, Malmen, gather
 from malmen_cli.editing.replay import Runner
-from malmen_cli.editing.shift import applied
+from malmen_cli.editing.ridge import Solution
+from malmen_cli.editing.shift import Shift, applied
 from malmen_cli.exceptions import NumericsError
 from malmen_cli.training.calibration import Calibration, calibrate, preserve
 from malmen_cli.training.facts import Cohort, Draw, Example, cohorts, draw
@@ -30,6 +32,7 @@ from malmen_cli.training.settings import TrainingSettings
 from malmen_cli.training.validation import Validation, validate
 
 COHORT = 32  # facts drawn together: enough for a full LM batch, few enough for many different draws
+STEP_FACTORS = (0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2)  # tried on every step of the trained editor
 BAD_STEPS = 5  # consecutive steps without a finite loss, after which training stops
 
 
@@ -140,15 +143,33 @@ class Trainer:
 
     def validate(self) -> Validation:
         """Scores of one edit of all validation facts with the present editor."""
-        parts = list(
-            edit_rows(self.runner, [e.edit for e in self.valid], self.editor.names, self.batch_size, keep=True)
-        )
         references = self.references.of([p for e in self.valid for p in e.probes[:1]] or self._own_text)
-        shift, _ = self.method.joined([gather(group, parts) for group in self.editor.groups])
+        shift, _ = self._edit([e.edit for e in self.valid])
         with applied(self.runner.model, shift):
             ends = self.runner.base.tokenizer.eos_token_id is not None
             end = self.editor.settings.end_of_text and ends
             return validate(self.runner, self.valid, references, self.batch_size, end_of_text=end)
+
+    def finish(self) -> tuple[dict[str, Tensor], Validation]:
+        """The best editor as it is saved, and the validation of exactly that; the trainer goes on from it.
+
+        The meta-loss weighs locality in nats, the score in shares of answers: where on the curve between learning and
+        keeping the score is best is found at the end, by one factor on every step.
+        """
+        self._take(compact(self.best.state))
+        trained = [group.network.log_lr.detach().clone() for group in self.editor.groups]
+
+        def scale(factor: float) -> None:
+            for group, log_lr in zip(self.editor.groups, trained, strict=True):
+                group.network.log_lr.data.copy_(log_lr + math.log(factor))
+
+        found: dict[float, Validation] = {}
+        for factor in STEP_FACTORS:
+            scale(factor)
+            found[factor] = self.validate()
+        best = max(found, key=lambda factor: found[factor].rank)
+        scale(best)
+        return compact(self.editor.state()), found[best]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything `restore` needs: tensors, and plain data."""
@@ -168,9 +189,7 @@ class Trainer:
         def part(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v.to(device) for k, v in tensors.items() if k.startswith(prefix)}
 
-        editor = Editor.restored(self.runner.model, self.editor.settings, part("editor."), where="training state")
-        self.editor.groups[:] = editor.groups
-        self.optimizer = self._optimizer()
+        self._take(part("editor."))
         moments = part("optimizer.")
         for index, parameter in enumerate(self.editor.parameters()):
             mine = {k.removeprefix(f"{index}."): v for k, v in moments.items() if k.startswith(f"{index}.")}
@@ -180,13 +199,24 @@ class Trainer:
         score, mean = plain["best"]["rank"]
         self.best = Best(int(plain["best"]["step"]), (float(score), float(mean)), part("best."))
 
+    def _edit(self, edits: Sequence[Encoded]) -> tuple[Shift, list[tuple[list[Captured], list[Solution | None]]]]:
+        """One shift of all edits, made in the editor's passes, and the captured rows and solutions of each pass."""
+        tokens, shift, passes = self.editor.settings.tokens, None, []
+        for _ in range(self.editor.settings.passes):
+            with applied(self.runner.model, shift) if shift is not None else nullcontext():
+                parts = list(edit_rows(self.runner, edits, self.editor.names, self.batch_size, tokens, keep=True))
+            captured = [gather(group, parts) for group in self.editor.groups]
+            more, solutions = self.method.joined(captured)
+            shift = more if shift is None else shift.plus(more)
+            passes.append((captured, solutions))
+        assert shift is not None
+        return shift, passes
+
     def _learn(self, drawn: Draw) -> tuple[MetaLoss, bool]:
         """One step: edit, judge under the edit, pull the meta-gradient back through the solve, and update."""
         editor = self.editor
         references = self.references.of(drawn.probes or self._own_text[: len(drawn.wordings)])
-        parts = list(edit_rows(self.runner, drawn.edits, editor.names, self.batch_size, keep=True))
-        captured = [gather(group, parts) for group in editor.groups]
-        shift, solutions = self.method.joined(captured)
+        shift, passes = self._edit(drawn.edits)
         with applied(self.runner.model, shift):
             loss = meta_loss(
                 self.runner,
@@ -197,8 +227,11 @@ class Trainer:
                 batch_size=self.batch_size,
             )
         self.optimizer.zero_grad(set_to_none=True)
+        # The shifts of all passes add up, so each has the gradient of their sum, and one pass in turn stands for all of
+        # them. That an earlier pass changes what a later one captures is left out: it needs second derivatives.
+        captured, solutions = passes[self.step % len(passes)]
         for group, rows, solution in zip(editor.groups, captured, solutions, strict=True):
-            self.method.pull_back(group, rows, group.stack(loss.gradients), solution)
+            self.method.pull_back(group, rows, group.stack(loss.gradients) * len(passes), solution)
         norm = torch.nn.utils.clip_grad_norm_(list(editor.parameters()), self.settings.clip)
         sane = math.isfinite(loss.total(1.0)) and bool(torch.isfinite(norm))
         if sane:
@@ -206,6 +239,11 @@ class Trainer:
                 rates["lr"] = rates["peak"] * self._schedule()
             self.optimizer.step()
         return loss, sane
+
+    def _take(self, state: dict[str, Tensor]) -> None:
+        restored = Editor.restored(self.runner.model, self.editor.settings, state, where="training state")
+        self.editor.groups[:] = restored.groups
+        self.optimizer = self._optimizer()
 
     def _keep_company(self, group: Cohort) -> None:
         """What a later step computes for one fact of a cohort it computes for all of them."""

@@ -29,6 +29,7 @@ from malmen_cli.training.calibration import Calibration
 from malmen_cli.training.facts import encode_examples
 from malmen_cli.training.loop import Progress, Trainer
 from malmen_cli.training.settings import TrainingSettings
+from malmen_cli.training.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Order:
     valid: Sequence[Fact]
     seed: int = 0
     batch_size: int = 64
+    sources: Sequence[str] = ()  # names of the files the training facts came from, and of the validation facts'
+    valid_sources: Sequence[str] = ()
 
     def digest(self, base: Base) -> str:
         """sha256 over everything that decides the result; a resumed run must have the same."""
@@ -118,14 +121,15 @@ def train(
                 raise
 
         trainer.run(step_done, save)
-    description = describe(base, order, trainer)
-    save_editor(out, trainer.best.state, description, force=force or resuming or replace)
+    state, saved = trainer.finish()
+    description = describe(base, order, trainer, saved)
+    save_editor(out, state, description, force=force or resuming or replace)
     shutil.rmtree(kept, ignore_errors=True)
     return Trained(out, description)
 
 
-def describe(base: Base, order: Order, trainer: Trainer) -> dict[str, Any]:
-    """`editor.json`: what the editor is for, how it was made, and how it scored."""
+def describe(base: Base, order: Order, trainer: Trainer, saved: Validation) -> dict[str, Any]:
+    """`editor.json`: what the editor is for, how it was made, and how it scored. saved: the scores as it is saved."""
     judged_on = order.valid[: order.training.valid_facts]
     scores = [_plain(p) for p in trainer.history if p.validation is not None]
     for score in scores:
@@ -136,14 +140,19 @@ def describe(base: Base, order: Order, trainer: Trainer) -> dict[str, Any]:
         "settings": asdict(order.spec.settings),
         "training": asdict(order.training)
         | {"seed": order.seed, "batch_size": order.batch_size, "dtype": str(base.dtype)},
-        "facts": {"sha256": facts_sha256(order.train), "count": len(order.train)},
-        "validation_facts": {"sha256": facts_sha256(judged_on), "count": len(judged_on)},
+        "facts": _facts(order.train, order.sources),
+        "validation_facts": _facts(judged_on, order.valid_sources),
         "calibration": _plain(trainer.calibration),
         "best_step": trainer.best.step,
-        "scores": {"score": trainer.best.rank[0], "at": scores},
+        "scores": {"score": saved.score, "saved": asdict(saved), "at": scores},
         "groups": trainer.editor.description()["groups"],
         "malmen": __version__,
     }
+
+
+def _facts(facts: Sequence[Fact], sources: Sequence[str]) -> dict[str, Any]:
+    """What is said of a set of facts; of its files the names alone, as folders are a machine's."""
+    return {"sha256": facts_sha256(facts), "count": len(facts), "sources": [Path(source).name for source in sources]}
 
 
 def _trainer(base: Base, order: Order, note: Callable[[str], None]) -> Trainer:

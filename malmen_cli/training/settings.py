@@ -13,16 +13,16 @@ class TrainingSettings:
     """How an editor is trained. Sizes are facts unless said."""
 
     steps: int = 400
-    facts_per_step: tuple[int, ...] = (64, 1024)  # edited at once: one size, or log-uniform between two
+    facts_per_step: tuple[int, ...] = (64, 512)  # edited at once: one size, or log-uniform between two
     meta_facts: int = 64  # of those, whose rephrases and probes the meta-loss is taken on; it is linear in cost
     judged_facts: int = 4096  # that the meta-loss draws from: the base answers each of their probes once
-    meta_lr: float = 3e-4
-    scale_lr: float = 1e-2  # of log step, log lambda and log mu, which hardly move at the network's rate
-    locality_weight: float = 3.0
-    continuation: int = 4  # tokens of the base's own greedy text after a locality probe that must stay
+    meta_lr: float = 1e-3
+    scale_lr: float = 3e-2  # of log step, log lambda and log mu, which hardly move at the network's rate
+    locality_weight: float = 5.0
+    continuation: int = 6  # tokens of the base's own greedy text after a locality probe that must stay
     clip: float = 1.0
-    warmup: int = 20  # steps
-    validate_every: int = 50  # steps
+    warmup: int = 10  # steps
+    validate_every: int = 25  # steps
     valid_facts: int = 256  # edited at once and scored teacher-forced at every validation
     valid_fraction: float = 0.05  # held out by subject where no validation facts are given
     calibration_facts: int = 128

@@ -70,6 +70,30 @@ def test_an_editors_card() -> None:
     assert 'malmen apply "org/model" facts.jsonl' in card
 
 
+def test_an_editors_card_lists_what_it_was_made_from_and_how_it_scored() -> None:
+    card = editor_card(
+        {
+            "base": MANIFEST["base"],
+            "facts": {"sha256": "a" * 64, "count": 12, "sources": ["train.jsonl", "more.jsonl"]},
+            "validation_facts": {"sha256": "b" * 64, "count": 3, "sources": []},
+            "settings": {"rank": 4, "tokens": "subject", "modules": None},
+            "training": {"steps": 5, "facts_per_step": [4, 8]},
+            "scores": {"score": 0.5, "saved": {"es_greedy": 0.5, "ls_greedy": None}, "at": [{"step": 5}]},
+            "files": {"editor.safetensors": "c" * 64},
+        }
+    )
+    lines = [line for line in card.splitlines() if line.startswith("- ")]
+    assert lines[-7:] == [
+        f"- fingerprint: {'f' * 64}",
+        f"- facts: 12 of train.jsonl, more.jsonl, sha256 {'a' * 64}",
+        f"- validation facts: 3 of unnamed files, sha256 {'b' * 64}",
+        '- settings: modules=null, rank=4, tokens="subject"',
+        "- training: facts_per_step=[4, 8], steps=5",
+        "- validation scores: es_greedy=0.5, ls_greedy=null",
+        f"- sha256 of editor.safetensors: {'c' * 64}",
+    ]
+
+
 def test_an_empty_manifest_makes_a_card() -> None:
     assert front(model_card("delta", {}))["base_model"] == "unnamed"
     assert front(editor_card({}))["library_name"] == "malmen"

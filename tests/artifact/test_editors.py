@@ -11,11 +11,25 @@ import pytest
 import torch
 
 import malmen_cli
-from malmen_cli.artifact.editors import DESCRIPTION, TENSORS, find_editor, install_editor, load_editor, save_editor
+from malmen_cli.artifact.atomic import file_sha256
+from malmen_cli.artifact.delta import CARD
+from malmen_cli.artifact.editors import (
+    DESCRIPTION,
+    TENSORS,
+    find_editor,
+    install_editor,
+    load_editor,
+    save_editor,
+    shipped,
+)
 from malmen_cli.artifact.manifest import read_sealed, sealed
 from malmen_cli.base.locate import cache_home
+from malmen_cli.editing.settings import MalmenSettings, from_mapping
 from malmen_cli.exceptions import EditorError, NumericsError, OutputError
 
+PACKAGE = Path(malmen_cli.__file__).parent
+SHIPPED = sorted(path.parent for path in PACKAGE.glob("editors/*/editor.json"))
+SHIPPED_BYTES = 20_000_000  # of one editor's folder: what a package of code can ask of everybody's disk
 OURS, OTHER = "ab" * 32, "cd" * 32
 WEIGHTS = {
     "net.0.w": torch.randn(3, 4),
@@ -41,6 +55,15 @@ def test_comes_back_bitwise(editor: Path) -> None:
         assert torch.equal(tensors[name], tensor)
     assert {key: description[key] for key in ABOUT} == ABOUT
     assert description["files"][TENSORS]
+
+
+def test_slices_are_saved_as_their_numbers(tmp_path: Path) -> None:
+    """One of a single number, too, which counts as contiguous whatever its stride."""
+    grid = torch.arange(12.0).reshape(3, 4)
+    slices = {"one": grid[1:2, 2], "column": grid[:, 1], "turned": grid.T, "none": grid[:0], "number": grid[2, 3]}
+    save_editor(tmp_path / "slices", slices, ABOUT, force=False)
+    tensors, _ = load_editor(tmp_path / "slices")
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in slices.items())
 
 
 def test_another_base_is_refused(editor: Path) -> None:
@@ -85,8 +108,6 @@ def test_values_that_are_not_finite(tmp_path: Path, editor: Path) -> None:
     assert not (tmp_path / "bad").exists()
     from safetensors.torch import save_file
 
-    from malmen_cli.artifact.atomic import file_sha256
-
     save_file(bad, editor / TENSORS)
     change = {"files": {TENSORS: file_sha256(editor / TENSORS)}, "tensors": {"w": [2]}}
     (editor / DESCRIPTION).write_bytes(sealed(read_sealed(editor / DESCRIPTION) | change))
@@ -109,11 +130,49 @@ def test_installed_editors_are_found_by_fingerprint(editor: Path, tmp_path: Path
 def test_an_editor_that_comes_with_the_package(editor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Used where the user has none of his own."""
     monkeypatch.setattr(malmen_cli, "__file__", str(tmp_path / "package" / "__init__.py"))
-    shipped = tmp_path / "package" / "editors" / OURS
-    save_editor(shipped, WEIGHTS, ABOUT, force=False)
-    assert find_editor(OURS) == shipped
+    place = tmp_path / "package" / "editors" / OURS
+    save_editor(place, WEIGHTS, ABOUT, force=False)
+    assert find_editor(OURS) == shipped(OURS) == place
     assert find_editor(OTHER) is None
-    assert install_editor(editor, OURS) == find_editor(OURS) != shipped
+    assert install_editor(editor, OURS) == find_editor(OURS) != place
+
+
+def test_where_a_shipped_editor_lies() -> None:
+    assert shipped(OURS) == PACKAGE / "editors" / OURS
+
+
+def test_the_card_has_the_digest_of_the_tensors(editor: Path) -> None:
+    digest = file_sha256(editor / TENSORS)
+    assert read_sealed(editor / DESCRIPTION)["files"][TENSORS] == digest
+    assert f"- sha256 of {TENSORS}: {digest}\n" in (editor / CARD).read_text(encoding="utf-8")
+
+
+@pytest.fixture(params=SHIPPED or [None], ids=lambda folder: folder.name[:8] if folder else "none")
+def shipped_editor(request: pytest.FixtureRequest) -> Path:
+    if request.param is None:
+        pytest.skip("no editor comes with this version of the package")
+    folder: Path = request.param
+    return folder
+
+
+def test_a_shipped_editor_is_small_whole_and_says_what_it_is(shipped_editor: Path) -> None:
+    """Everybody who installs the package downloads it, so that it must be worth its bytes and checkable."""
+    fingerprint = shipped_editor.name
+    assert find_editor(fingerprint) == shipped(fingerprint) == shipped_editor
+    assert sorted(os.listdir(shipped_editor)) == ["README.md", "editor.json", "editor.safetensors"]
+    assert sum(path.stat().st_size for path in shipped_editor.iterdir()) <= SHIPPED_BYTES
+    _, description = load_editor(shipped_editor, fingerprint=fingerprint)  # reads the seal, too
+    from_mapping(MalmenSettings, description["settings"], "settings")
+    card = (shipped_editor / CARD).read_text(encoding="utf-8")
+    told = [
+        file_sha256(shipped_editor / TENSORS),
+        fingerprint,
+        *(description[part]["sha256"] for part in ("facts", "validation_facts")),
+        *(source for part in ("facts", "validation_facts") for source in description[part]["sources"]),
+    ]
+    assert [item for item in told if item not in card] == []
+    assert description["facts"]["sources"]
+    assert not any("/" in item or "\\" in item for item in told)
 
 
 @pytest.mark.parametrize("fingerprint", ["", "../x", "ab", "AB" * 32, "ab" * 32 + "/.."])

@@ -15,6 +15,7 @@ from malmen_cli.base.families import (
     block_list,
     chosen_modules,
     default_modules,
+    edited_blocks,
     is_leaf,
     matrix_shape,
 )
@@ -95,10 +96,12 @@ def test_blocks_and_default_modules_of_every_family(model: Callable, family: str
     prefix, leaf = SECOND_MATRIX[family]
     name, blocks = block_list(model(family))
     assert (name, len(blocks)) == (prefix, 2)
-    assert default_modules(model(family)) == [f"{prefix}.0.{leaf}", f"{prefix}.1.{leaf}"]
+    assert default_modules(model(family)) == [f"{prefix}.1.{leaf}"]
     assert default_modules(model(family), 1) == [f"{prefix}.1.{leaf}"]
-    assert chosen_modules(model(family), None, 1) == [f"{prefix}.1.{leaf}"]
-    assert [block_index(model(family), n) for n in default_modules(model(family))] == [0, 1]
+    assert default_modules(model(family), 2) == [f"{prefix}.0.{leaf}", f"{prefix}.1.{leaf}"]
+    assert chosen_modules(model(family), None) == default_modules(model(family))
+    assert chosen_modules(model(family), None, 2) == default_modules(model(family), 2)
+    assert [block_index(model(family), n) for n in default_modules(model(family), 2)] == [0, 1]
 
 
 @pytest.mark.parametrize("family", sorted(SECOND_MATRIX))
@@ -118,8 +121,31 @@ def test_the_widest_input_counts_before_the_order() -> None:
     assert default_modules(toy([block]), 1) == ["blocks.0.down"]
 
 
-def test_six_blocks_are_the_default() -> None:
-    assert len(default_modules(toy([Block(down=nn.Linear(16, 8)) for _ in range(9)]))) == 6
+@pytest.mark.parametrize("patterns", [None, ()])
+def test_blocks_at_a_share_of_the_depth_are_the_default(patterns: tuple[str, ...] | None) -> None:
+    found = toy([Block(down=nn.Linear(16, 8)) for _ in range(12)])
+    assert default_modules(found) == [f"blocks.{i}.down" for i in range(7, 11)]
+    assert chosen_modules(found, patterns) == default_modules(found)
+
+
+@pytest.mark.parametrize(
+    ("depth", "first", "last"),
+    [(1, 0, 0), (2, 1, 1), (3, 2, 2), (4, 2, 3), (12, 7, 10), (28, 17, 25), (30, 18, 27), (32, 19, 29), (44, 26, 40)],
+)
+def test_the_blocks_of_a_depth(depth: int, first: int, last: int) -> None:
+    assert list(edited_blocks(depth)) == list(range(first, last + 1))
+
+
+@pytest.mark.parametrize(("last_blocks", "first"), [(1, 29), (6, 24), (30, 0), (99, 0)])
+def test_the_last_blocks_go_before_the_share_of_the_depth(last_blocks: int, first: int) -> None:
+    assert list(edited_blocks(30, last_blocks)) == list(range(first, 30))
+
+
+def test_no_depth_leaves_nothing_to_edit() -> None:
+    for depth in range(1, 101):
+        blocks = edited_blocks(depth)
+        assert len(blocks) >= 1
+        assert 0 <= blocks[0] <= blocks[-1] < depth
 
 
 def test_a_list_without_matrices_is_no_block_list() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from malmen_cli.base.prompts import Encoded, by_length, encode, encode_prompt, join
+from malmen_cli.base.prompts import Encoded, by_length, encode, encode_prompt, join, subject_end
 from malmen_cli.exceptions import FactsError
 
 KINDS = {"bytelevel": "gpt2", "metaspace": "llama"}
@@ -212,6 +212,140 @@ def test_a_merge_across_the_boundary_does_not_change_the_prompt() -> None:
     assert encode(merged, "in", "put") == Encoded((1, 3), 1)
     always = Words(**{"in": [1], "in put": [9], "A": [2], "A put": [8], " put": [3, 4]})
     assert encode(always, "in", "put") == Encoded((1, 3, 4), 1)
+
+
+# ---------------------------------------------------------------- subjects
+
+
+class Slow:
+    """A tokenizer that knows no offsets, with the tokens of a fast one."""
+
+    is_fast = False
+
+    def __init__(self, fast: Any) -> None:
+        self.fast = fast
+        self.eos_token_id, self.bos_token_id, self.sep_token_id = fast.eos_token_id, fast.bos_token_id, None
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": self.fast(text)["input_ids"]}
+
+
+# prompt, subject, and how many of the prompt's characters there are up to the subject's end (None: it is not there)
+SUBJECTS = [
+    ("Japan is", "Japan", 5),
+    ("Australia's capital is", "Australia", 9),
+    ("The capital of Australia is", "Australia", 24),
+    ("The capital of Australia is ", "Australia", 24),
+    ("The founder of Apple", "Apple", 20),
+    ("Peru", "Peru", 4),
+    ("The mother tongue of Danielle Darrieux is", "Danielle Darrieux", 38),
+    ("the eiffel tower is located in", "The Eiffel Tower", 16),
+    ("THE CAPITAL OF FRANCE IS", "France", 21),
+    ("Japan is where? The capital of Japan, says Japan's king, is", "Japan", 48),
+    ("Which city is the capital of France?", "France", 35),
+    ("Snow is white, and Snow", "Snow", 23),
+    ("The capital of Japan is", "Japan ", 20),
+    ("The capital of Japan is", " \tJapan\n", 20),
+    ("La capitale du Pérou est", "PÉROU", 20),
+    ("中国的首都是", "中国", 2),
+    ("日本の首都は", "首都", 5),
+    ("The flag of 🇵🇪 is", "🇵🇪", 14),
+    ("The author of Zażółć", "zażółć", 20),
+    ("Snow in İzmir, not in Peru, is", "Peru", 26),  # whose first letter is two in lower case
+    ("The mayor of İzmir is", "İzmir", 18),
+    ("Straße is in", "Straße", 6),
+    ("The capital of Japan is", "Peru", None),
+    ("The capital of Japan is", "Japan is not", None),
+    ("The capital of Japan is", " ", None),
+    ("The capital of Japan is", "", None),
+]
+
+
+def up_to(tokenizer: Any, prompt: str, characters: int) -> int:
+    """Index of the first token with which the prompt's tokens spell at least that many of its characters."""
+    ids = encode_prompt(tokenizer, prompt)
+    wanted = prompt[:characters]
+    return next(i for i in range(len(ids)) if text_of(tokenizer, ids[: i + 1]).startswith(wanted))
+
+
+@pytest.mark.parametrize(("prompt", "subject", "characters"), SUBJECTS)
+@pytest.mark.parametrize("wrap", [lambda fast: fast, Slow], ids=["fast", "slow"])
+def test_the_token_that_ends_the_subject(
+    tokenizer: Any, wrap: Any, prompt: str, subject: str, characters: int | None
+) -> None:
+    """The token that completes the subject's last mention, found by offsets and without them."""
+    found = subject_end(wrap(tokenizer), prompt, subject, encode_prompt(tokenizer, prompt))
+    assert found == (None if characters is None else up_to(tokenizer, prompt, characters))
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "subject", "tokens", "place"),
+    [
+        ("bytelevel", "Peru is", "Peru", "P eru Ġis", 1),
+        ("bytelevel", "The language of Peru is", "Peru", "The Ġlanguage Ġof ĠPeru Ġis", 3),
+        ("bytelevel", "It is Tokyo", "tokyo", "It Ġis ĠTokyo", 2),
+        ("bytelevel", "Danielle Darrieux is", "Danielle Darrieux", "D anie lle ĠD arrie ux Ġis", 5),
+        ("bytelevel", "It is", "It", "It Ġis", 0),
+        ("metaspace", "Peru is", "Peru", "<s> ▁Peru ▁is", 1),
+        ("metaspace", "The language of Peru is", "Peru", "<s> ▁The ▁language ▁of ▁Peru ▁is", 4),
+        ("metaspace", "It is Tokyo", "tokyo", "<s> ▁It ▁is ▁Tok y o", 5),
+        ("metaspace", "Danielle Darrieux is", "Danielle Darrieux", "<s> ▁Danie lle ▁Darrie ux ▁is", 4),
+    ],
+)
+def test_subjects_by_their_tokens(
+    tokenizers: dict[str, Any], kind: str, prompt: str, subject: str, tokens: str, place: int
+) -> None:
+    """Written out: at the start, in the middle and at the end, of one token and of several."""
+    ids = encode_prompt(tokenizers[kind], prompt)
+    assert tokenizers[kind].convert_ids_to_tokens(ids) == tokens.split()
+    assert subject_end(tokenizers[kind], prompt, subject, ids) == place
+    assert subject_end(Slow(tokenizers[kind]), prompt, subject, ids) == place
+
+
+@pytest.mark.parametrize(("prompt", "subject", "characters"), SUBJECTS)
+def test_an_encoded_fact_knows_its_subject(tokenizer: Any, prompt: str, subject: str, characters: int | None) -> None:
+    found = encode(tokenizer, prompt, "Rome", end_of_text=True, subject=subject)
+    assert found.subject == subject_end(tokenizer, prompt, subject, encode_prompt(tokenizer, prompt))
+    assert found.subject is None or 0 <= found.subject < found.n_prompt
+    bare = encode(tokenizer, prompt, "Rome", end_of_text=True)
+    assert bare.subject is None
+    assert (bare.ids, bare.n_prompt) == (found.ids, found.n_prompt)
+
+
+@pytest.mark.parametrize(("prompt", "subject", "characters"), SUBJECTS)
+def test_an_end_token_behind_the_prompt_hides_no_subject(
+    tokenizer: Any, prompt: str, subject: str, characters: int | None
+) -> None:
+    ids = encode_prompt(tokenizer, prompt)
+    for ending in (appending_end(tokenizer), Slow(appending_end(tokenizer))):
+        assert subject_end(ending, prompt, subject, ids) == subject_end(tokenizer, prompt, subject, ids)
+
+
+@settings(max_examples=150, deadline=None)
+@given(PHRASES, PHRASES, PHRASES, st.sampled_from(sorted(KINDS)), st.booleans())
+def test_fast_and_slow_tokenizers_agree(
+    tokenizers: dict[str, Any], before: str, subject: str, after: str, kind: str, swap: bool
+) -> None:
+    tokenizer = tokenizers[kind]
+    prompt = f"{before} {subject} {after}"
+    ids = encode_prompt(tokenizer, prompt)
+    found = subject_end(tokenizer, prompt, subject.swapcase() if swap else subject, ids)
+    assert found is not None
+    assert subject.lower() in text_of(tokenizer, ids[: found + 1]).lower()
+    if prompt.lower().rfind(subject.lower()) == len(before) + 1:  # others may end in the middle of a token
+        assert text_of(tokenizer, ids[: found + 1]) == f"{before} {subject}"
+        assert subject_end(Slow(tokenizer), prompt, subject, ids) == found
+
+
+@given(st.text(max_size=30), st.text(max_size=8), st.sampled_from(sorted(KINDS)), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_any_subject_is_found_in_the_prompt_or_not_at_all(
+    tokenizers: dict[str, Any], prompt: str, subject: str, kind: str, slow: bool
+) -> None:
+    tokenizer = Slow(tokenizers[kind]) if slow else tokenizers[kind]
+    ids = encode_prompt(tokenizer, prompt)
+    found = subject_end(tokenizer, prompt.rstrip(), subject, ids)
+    assert found is None or 0 <= found < len(ids)
 
 
 # ---------------------------------------------------------------- batches

@@ -206,13 +206,18 @@ def test_the_same_input_gives_the_same_bytes(malmen: Malmen, tiny_gpt2: Path, tm
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_an_edit_sticks_and_the_scores_say_so(malmen: Malmen, tiny_gpt2: Path) -> None:
-    found = document(malmen(tiny_gpt2, "--json"))
+def test_an_edit_sticks_and_the_scores_say_so(
+    malmen: Malmen, tiny_model_factory: Callable[..., Path], tmp_path: Path
+) -> None:
+    """On a model with room for four facts: among 64 key dimensions of random weights, locality wins over them."""
+    base, spec = tiny_model_factory("gpt2", width=64, mlp=512), tmp_path / "wide.yaml"
+    spec.write_text("settings: {last_blocks: 2, rounds: 8}\n", encoding="utf-8")
+    found = document(malmen(base, "--spec", spec, "--json"))
     jsonschema.Draft202012Validator(EVAL_SCHEMA).validate(found["scores"])
     assert found["scores"]["before"]["es"]["greedy"] == 0.0
     assert found["scores"]["after"]["es"]["greedy"] == 1.0
     assert (found["scores"]["facts"], found["manifest"]["facts"]["count"]) == (4, 4)
-    assert found["scores"]["base"] == str(tiny_gpt2)
+    assert found["scores"]["base"] == str(base)
     assert found["scores"]["model"] == found["output"]
     assert found["seconds"] > 0
 
@@ -336,10 +341,10 @@ def test_dry_run_writes_nothing_and_says_what(malmen: Malmen, tiny_gpt2: Path, t
     result = malmen(tiny_gpt2, "--dry-run", "--json", "--format", format)
     found = document(result)
     assert contents(tmp_path) == before
-    assert found["modules"] == {name: [64, 32] for name in MODULES}
+    assert found["modules"] == {MODULES[1]: [64, 32]}
     assert (found["facts"], found["editor"], found["format"], found["dry_run"]) == (4, None, format, True)
     assert found["disk_bytes"] > 0
-    for said in (MODULES[0], "64 x 32", "4 facts", "memory about", "an untrained one", "nothing was written"):
+    for said in (MODULES[1], "64 x 32", "4 facts", "memory about", "an untrained one", "nothing was written"):
         assert said in result.stderr
 
 
@@ -380,6 +385,92 @@ def test_dry_run_names_the_editor_and_refuses_what_the_run_would(
     assert found["editor"] == str(tmp_path / "malmen-editor")
     assert code(malmen(tiny_gpt2, "--dry-run", out=tiny_gpt2)) == 6
     assert code(malmen(tiny_gpt2, "--dry-run", "--method", "mend")) == 4
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+@pytest.fixture
+def tuning(tmp_path: Path) -> Path:
+    path = tmp_path / "tuning.yaml"
+    path.write_text("method: finetune\nsettings: {lr: 0.02, epochs: 60}\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("format", list(LISTINGS))
+def test_fine_tuning_in_every_format(
+    malmen: Malmen, tiny_gpt2: Path, tmp_path: Path, tuning: Path, format: str
+) -> None:
+    before = contents(tiny_gpt2)
+    result = malmen(tiny_gpt2, "--spec", tuning, "--format", format, "--json")
+    assert code(result) == 0
+    found = json.loads(result.stdout)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == LISTINGS[format]
+    assert contents(tiny_gpt2) == before
+    said, scores = found["manifest"], found["scores"]
+    assert (said["method"]["name"], said["method"]["lr"], said["method"]["epochs"]) == ("finetune", 0.02, 60)
+    assert (said["editor"], said["calibration"], list(said["modules"])) == (None, None, MODULES[1:])
+    assert [scores[when]["es"]["greedy"] for when in ("before", "after")] == [0.0, 1.0]
+    lines = result.stderr.splitlines()
+    assert any(line.startswith("fine-tuning, at most 60 epochs of 4 facts: 24/240") for line in lines)
+    (line,) = [line for line in lines if line.startswith("fine-tuned: epoch ")]
+    assert line.endswith("nats a token")
+    assert "no trained editor" not in result.stderr
+
+
+def test_fine_tuning_s_document_keeps_to_the_schema(malmen: Malmen, tiny_gpt2: Path, tuning: Path) -> None:
+    found = document(malmen(tiny_gpt2, "--spec", tuning, "--json", "--score", 0))
+    assert found["manifest"]["method"]["name"] == "finetune"
+
+
+def test_fine_tuning_gives_the_same_bytes_for_a_seed(malmen: Malmen, tiny_gpt2: Path, tmp_path: Path) -> None:
+    options = ["--method", "finetune", "--seed", 1, "--score", 0]
+    for name in ("a", "b"):
+        assert code(malmen(tiny_gpt2, *options, out=tmp_path / name)) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_dry_run_of_fine_tuning_says_which_module(malmen: Malmen, tiny_gpt2: Path, tmp_path: Path) -> None:
+    result = malmen(tiny_gpt2, "--method", "finetune", "--dry-run", "--json")
+    found = document(result)
+    assert (found["editor"], found["modules"]) == (None, {MODULES[1]: [64, 32]})
+    for said in (
+        "would edit 1 module of",
+        "fine-tuning, at most 25 epochs in batches of 64 facts",
+        MODULES[1],
+        "dense",
+    ):
+        assert said in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_fine_tuning_with_an_editor_is_exit_4(
+    malmen: Malmen, tiny_gpt2: Path, tmp_path: Path, editor: Callable[..., Path], options: list[str]
+) -> None:
+    result = malmen(tiny_gpt2, "--method", "finetune", "--editor", editor(), *options)
+    assert (code(result), result.stdout) == (4, "")
+    assert str(result.exception).endswith("finetune uses no editor; leave it out or choose another method")
+    assert "loading" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_fine_tuning_takes_no_installed_editor(malmen: Malmen, tiny_gpt2: Path, editor: Callable[..., Path]) -> None:
+    install(editor(), tiny_gpt2)
+    result = malmen(tiny_gpt2, "--method", "finetune", "--score", 0, "--json")
+    assert json.loads(result.stdout)["manifest"]["editor"] is None
+    assert "editor" not in result.stderr
+
+
+def test_training_an_editor_for_fine_tuning_is_exit_3(
+    tiny_gpt2: Path, facts_file: Path, small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options in ([], ["--spec", str(small)]):
+        given = ["train-editor", str(tiny_gpt2), str(facts_file), "--method", "finetune", *options]
+        assert errors.main(given) == 3
+        printed = capsys.readouterr()
+        said = "finetune needs no training; use it with: malmen apply BASE FACTS -o DIR --method finetune"
+        assert (printed.out, printed.err.splitlines()) == ("", [f"malmen: error: {said}"])
 
 
 # ---------------------------------------------------------------- which editor
@@ -506,7 +597,14 @@ def test_force_replaces_what_malmen_wrote(malmen: Malmen, tiny_gpt2: Path, tmp_p
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("settings: {rnak: 4}", 3), ("metod: x", 3), ("method: mendd", 3), ("settings: {modules: [nothing.here]}", 3)],
+    [
+        ("settings: {rnak: 4}", 3),
+        ("metod: x", 3),
+        ("method: mendd", 3),
+        ("settings: {modules: [nothing.here]}", 3),
+        ("{method: finetune, settings: {block: 2}}", 3),
+        ("{method: finetune, settings: {rank: 4}}", 3),
+    ],
 )
 def test_bad_specs_are_exit_3(malmen: Malmen, tiny_gpt2: Path, tmp_path: Path, text: str, expected: int) -> None:
     path = tmp_path / "spec.yaml"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -392,6 +393,68 @@ def test_an_old_file_needs_force(malmen: Malmen, tiny_gpt2: Path, tmp_path: Path
 def test_a_file_that_cannot_be_is_refused_before_the_work(malmen: Malmen, tmp_path: Path, where: str) -> None:
     result = malmen("/nowhere/at/all", "--per-fact", tmp_path / where)
     assert code(result) == 6
+
+
+# ---------------------------------------------------------------- plot
+
+
+@pytest.mark.parametrize(("name", "magic"), [("scores.png", b"\x89PNG\r\n\x1a\n"), ("scores.svg", b"<?xml")])
+def test_a_plot_is_a_picture(
+    malmen: Malmen, tiny_gpt2: Path, edited: Path, tmp_path: Path, name: str, magic: bytes
+) -> None:
+    file = tmp_path / name
+    found = document(malmen(edited, "--base", tiny_gpt2, "--plot", file, "--json"))
+    assert found["facts"] == 4
+    assert file.read_bytes().startswith(magic)
+    assert file.stat().st_size > 10_000  # bars and text
+    assert list(tmp_path.glob(".malmen-*")) == []
+
+
+def test_a_failed_gate_still_leaves_the_plot(malmen: Malmen, tiny_gpt2: Path, tmp_path: Path) -> None:
+    options = ["--min-es", 0.9, "--no-greedy", "--gate-protocol", "teacher_forced", "--plot", tmp_path / "s.pdf"]
+    assert code(malmen(tiny_gpt2, *options)) == 1
+    assert (tmp_path / "s.pdf").read_bytes().startswith(b"%PDF-")
+
+
+@pytest.mark.usefixtures("unasked")
+@pytest.mark.parametrize(
+    ("name", "said"), [("scores.jpg", ".png, .svg or .pdf"), ("missing/scores.png", "--plot"), ("old.png", "--force")]
+)
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_a_plot_that_cannot_be_is_refused_before_the_work(
+    malmen: Malmen, tiny_gpt2: Path, tmp_path: Path, name: str, said: str, options: list[str]
+) -> None:
+    (tmp_path / "old.png").write_bytes(b"mine")
+    answers = tmp_path / "answers.jsonl"
+    result = malmen(tiny_gpt2, "--plot", tmp_path / name, "--per-fact", answers, *options)
+    assert (code(result), result.stdout) == (6, "")
+    assert said in str(result.exception)
+    assert (tmp_path / "old.png").read_bytes() == b"mine"
+    assert not answers.exists()
+    assert name == "old.png" or not (tmp_path / name).exists()
+
+
+@pytest.mark.usefixtures("unasked")
+def test_a_plot_without_matplotlib_says_what_to_install(
+    malmen: Malmen, tiny_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    result = malmen(tiny_gpt2, "--plot", tmp_path / "scores.png")
+    assert (code(result), result.stdout) == (6, "")
+    assert "pip install 'malmen-cli[plot]'" in str(result.exception)
+    assert not (tmp_path / "scores.png").exists()
+
+
+def test_no_plot_needs_no_matplotlib(malmen: Malmen, tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert code(malmen(tiny_gpt2)) == 0
+
+
+def test_an_old_plot_is_replaced_by_force(malmen: Malmen, tiny_gpt2: Path, tmp_path: Path) -> None:
+    (tmp_path / "old.png").write_bytes(b"mine")
+    assert code(malmen(tiny_gpt2, "--plot", tmp_path / "old.png", "--force")) == 0
+    assert (tmp_path / "old.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---------------------------------------------------------------- exit codes

@@ -138,6 +138,11 @@ def test_trains_installs_and_apply_finds_it(malmen: Malmen, tiny_gpt2: Path, tmp
     assert [at["step"] for at in found["editor"]["scores"]["at"]] == [2, 4]
     assert found["editor"]["facts"]["count"] == 16
     assert found["editor"]["validation_facts"]["count"] == 4
+    for part in ("facts", "validation_facts"):  # held out of the same file, whose folder is nobody's business
+        assert found["editor"][part]["sources"] == ["train.jsonl"]
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "- facts: 16 of train.jsonl, sha256 " in card
+    assert str(tmp_path) not in card
     assert "step 2/4" in result.stderr
     assert "ES " in result.stderr
     assert "facts/s" in result.stderr
@@ -198,6 +203,7 @@ def test_validation_facts_of_one_s_own(malmen: Malmen, tiny_gpt2: Path, tmp_path
     found = document(malmen(tiny_gpt2, "--valid", valid, "--json"))["editor"]
     assert (found["facts"]["count"], found["validation_facts"]["count"]) == (20, 3)
     assert found["validation_facts"]["sha256"] == read_facts(str(valid)).sha256
+    assert (found["facts"]["sources"], found["validation_facts"]["sources"]) == (["train.jsonl"], ["valid.jsonl"])
 
 
 def test_what_several_files_say_differently_is_left_out_with_a_warning(
@@ -228,8 +234,9 @@ def test_dry_run(malmen: Malmen, tiny_gpt2: Path, tmp_path: Path) -> None:
     found = document(result)
     assert found["modules"] == ["transformer.h.1.mlp.c_proj"]
     assert (found["facts"], found["training"]["facts_per_step"], found["training"]["steps"]) == (16, [3, 9], 4)
-    width = 64 + 32
-    assert found["parameters"] == 2 * (width * 4 * 2 + 3 * width) + 3
+    width, roles = 64 + 32, 3
+    block = width * 4 * 2 + width + 2 * roles * width  # down and up, bias, scale and shift
+    assert found["parameters"] == 2 * block + roles + 2  # and log step, log lambda and log mu
     assert "would train" in result.stderr
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
     assert not installed(tiny_gpt2).exists()

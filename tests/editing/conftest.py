@@ -24,9 +24,12 @@ _ANSWERS = ("Rome", "Tim Cook", "one hundred degrees", "Paris", "no", "William S
 
 
 def _facts(tokenizer, count: int) -> list[Encoded]:
-    """`count` distinct facts whose prompts and answers differ in length."""
+    """`count` distinct facts whose prompts and answers differ in length; every third has no subject."""
     prompts = [f"The capital of {_PLACES[i % 9]} {'is' if i % 2 else 'number ' + str(i) + ' is'}" for i in range(count)]
-    return [encode(tokenizer, prompt, _ANSWERS[i % 7]) for i, prompt in enumerate(prompts)]
+    subjects = [_PLACES[i % 9] if i % 3 < 2 else None for i in range(count)]
+    return [
+        encode(tokenizer, p, _ANSWERS[i % 7], subject=s) for i, (p, s) in enumerate(zip(prompts, subjects, strict=True))
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -51,12 +54,13 @@ def load(tiny_model_factory) -> Callable[..., Base]:
 @torch.no_grad()
 def _stir(editor: Editor, runner: Runner, edits: Sequence[Encoded], *, preserved: bool = True) -> Editor:
     generator = torch.Generator().manual_seed(3)
-    parts = list(edit_rows(runner, edits, editor.names, 4))
+    parts = list(edit_rows(runner, edits, editor.names, 4, editor.settings.tokens))
     for group in editor.groups:
         captured = gather(group, parts)
-        moments = Moments(len(group.names), group.dk + group.dv)
-        moments.add(torch.cat([captured.keys, captured.gradients], -1))
-        group.network.normalise_by(moments, centre=editor.settings.centre)
+        for role in range(group.network.roles):
+            moments, mine = Moments(len(group.names), group.dk + group.dv), captured.roles == role
+            moments.add(torch.cat([captured.keys[:, mine], captured.gradients[:, mine]], -1))
+            group.network.normalise_by(moments, centre=editor.settings.centre, role=role)
         for parameter in group.network.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
         group.network.log_lr -= 3

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -15,10 +17,25 @@ from malmen_cli.base.memory import halving
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing import capture
-from malmen_cli.editing.capture import Rows, all_keys, edit_rows, fact_loss, watching, weight_gradients
+from malmen_cli.editing.capture import (
+    ANSWER,
+    CONTEXT,
+    PROMPT_END,
+    ROLES,
+    SUBJECT,
+    Rows,
+    all_keys,
+    edit_rows,
+    fact_loss,
+    places,
+    row_count,
+    watching,
+    weight_gradients,
+)
 from malmen_cli.editing.replay import Runner, make_batch
 from malmen_cli.exceptions import MemoryLimitError, NumericsError
 
+TOKENS = tuple(ROLES)
 FAMILIES = ("gpt2", "gptj", "gpt_neox", "opt", "llama", "gemma", "phi")
 CPU = torch.device("cpu")
 
@@ -33,11 +50,13 @@ def in_order(parts: Iterator[Rows]) -> Rows:
         return {name: torch.cat([getattr(p, kind)[name] for p in found])[order] for name in found[0].keys}
 
     loss = sum(part.loss for part in found)
-    return Rows(joined("keys"), joined("gradients"), joined("values"), owners[order], loss)
+    roles = torch.cat([part.roles for part in found])[order]
+    return Rows(joined("keys"), joined("gradients"), joined("values"), owners[order], roles, loss)
 
 
 def close(mine: Rows, theirs: Rows, tolerance: float = 1e-5) -> None:
     assert torch.equal(mine.owners, theirs.owners)
+    assert torch.equal(mine.roles, theirs.roles)
     assert mine.loss == pytest.approx(theirs.loss, rel=tolerance)
     for kind in ("keys", "gradients", "values"):
         for name, wanted in getattr(theirs, kind).items():
@@ -45,8 +64,8 @@ def close(mine: Rows, theirs: Rows, tolerance: float = 1e-5) -> None:
             torch.testing.assert_close(getattr(mine, kind)[name], wanted, rtol=tolerance, atol=tolerance * scale)
 
 
-def alone(base: Base, fact: Encoded, name: str) -> tuple[Tensor, Tensor, float]:
-    """Key rows, value-gradient rows and loss of one fact by plain autograd on the unpadded sequence."""
+def alone(base: Base, fact: Encoded, name: str, rows: list[int]) -> tuple[Tensor, Tensor, float]:
+    """Keys and value gradients at the positions `rows`, and loss, of one fact by plain autograd, without padding."""
     seen: dict[str, Tensor] = {}
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -62,7 +81,6 @@ def alone(base: Base, fact: Encoded, name: str) -> tuple[Tensor, Tensor, float]:
         handle.remove()
     gradient = seen["value"].grad
     assert gradient is not None
-    rows = list(fact.positions)
     return seen["key"][rows].detach(), gradient.reshape(-1, gradient.shape[-1])[rows], float(loss.detach())
 
 
@@ -85,18 +103,70 @@ def broken_weight(load: Callable) -> Iterator[Callable[[Base, str, float], None]
         weight.data.copy_(kept)
 
 
+# ---------------------------------------------------------------- places
+
+IDS = tuple(range(10, 18))  # eight tokens, of which five are the prompt below
+
+
+@pytest.mark.parametrize(
+    ("subject", "tokens", "wanted"),
+    [
+        (2, "answer", [(4, PROMPT_END), (5, ANSWER), (6, ANSWER)]),
+        (2, "subject", [(2, SUBJECT), (4, PROMPT_END), (5, ANSWER), (6, ANSWER)]),
+        (2, "all", [(1, CONTEXT), (2, SUBJECT), (3, CONTEXT), (4, PROMPT_END), (5, ANSWER), (6, ANSWER)]),
+        (None, "subject", [(4, PROMPT_END), (5, ANSWER), (6, ANSWER)]),
+        (None, "all", [(1, CONTEXT), (2, CONTEXT), (3, CONTEXT), (4, PROMPT_END), (5, ANSWER), (6, ANSWER)]),
+        (4, "subject", [(4, PROMPT_END), (5, ANSWER), (6, ANSWER)]),  # the subject ends the prompt
+        (4, "all", [(1, CONTEXT), (2, CONTEXT), (3, CONTEXT), (4, PROMPT_END), (5, ANSWER), (6, ANSWER)]),
+        (0, "subject", [(4, PROMPT_END), (5, ANSWER), (6, ANSWER)]),  # the attention sink
+        (0, "all", [(1, CONTEXT), (2, CONTEXT), (3, CONTEXT), (4, PROMPT_END), (5, ANSWER), (6, ANSWER)]),
+    ],
+)
+def test_places_and_their_roles(subject: int | None, tokens: str, wanted: list[tuple[int, int]]) -> None:
+    edit = Encoded(IDS, 5, subject)
+    assert places(edit, tokens) == wanted
+    assert row_count([edit], tokens) == len(wanted)
+
+
+@pytest.mark.parametrize("subject", [None, 0])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_a_prompt_of_one_token_gives_its_only_row(subject: int | None, tokens: str) -> None:
+    assert places(Encoded((5, 6), 1, subject), tokens) == [(0, PROMPT_END)]
+    assert places(Encoded((5, 6, 7), 1, subject), tokens) == [(0, PROMPT_END), (1, ANSWER)]
+
+
+@given(st.data(), st.integers(1, 12), st.integers(1, 5))
+def test_places_are_the_answer_s_and_more_and_never_the_sink(data: st.DataObject, n_prompt: int, answer: int) -> None:
+    subject = data.draw(st.none() | st.integers(0, n_prompt - 1))
+    edit = Encoded(tuple(range(n_prompt + answer)), n_prompt, subject)
+    found = {tokens: places(edit, tokens) for tokens in TOKENS}
+    assert [position for position, _ in found["answer"]] == list(edit.positions)
+    assert set(found["answer"]) <= set(found["subject"])
+    assert {p for p, _ in found["subject"]} <= {p for p, _ in found["all"]} <= set(range(len(edit.ids) - 1))
+    for tokens, some in found.items():
+        positions, roles = zip(*some, strict=True)
+        assert list(positions) == sorted(set(positions))
+        assert all(0 <= role < ROLES[tokens] for role in roles)
+        assert roles.count(PROMPT_END) == 1
+        assert roles.count(SUBJECT) == (tokens != "answer" and subject not in (None, 0, n_prompt - 1))
+        assert (0 in positions) == (n_prompt == 1)
+
+
 # ---------------------------------------------------------------- rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_are_each_fact_s_own_by_plain_autograd(load: Callable, facts: Callable, family: str) -> None:
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_rows_are_each_fact_s_own_by_plain_autograd(load: Callable, facts: Callable, family: str, tokens: str) -> None:
     base = load(family)
     edits = facts(base.tokenizer, 5)
-    names = default_modules(base.model)
-    rows = in_order(edit_rows(Runner(base), edits, names, 3))
-    assert rows.owners.tolist() == [i for i, fact in enumerate(edits) for _ in fact.positions]
+    names = default_modules(base.model, 2)
+    rows = in_order(edit_rows(Runner(base), edits, names, 3, tokens))
+    chosen = [places(fact, tokens) for fact in edits]
+    assert rows.owners.tolist() == [i for i, some in enumerate(chosen) for _ in some]
+    assert rows.roles.tolist() == [role for some in chosen for _, role in some]
     for name in names:
-        parts = [alone(base, fact, name) for fact in edits]
+        parts = [alone(base, fact, name, [p for p, _ in some]) for fact, some in zip(edits, chosen, strict=True)]
         for mine, theirs in ((rows.keys, 0), (rows.gradients, 1)):
             wanted = torch.cat([part[theirs] for part in parts])
             torch.testing.assert_close(mine[name], wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
@@ -105,12 +175,46 @@ def test_rows_are_each_fact_s_own_by_plain_autograd(load: Callable, facts: Calla
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gptj"])
 @pytest.mark.parametrize("batch_size", [1, 2, 8, 100])
-def test_rows_do_not_depend_on_the_batch(load: Callable, facts: Callable, family: str, batch_size: int) -> None:
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_rows_do_not_depend_on_the_batch(
+    load: Callable, facts: Callable, family: str, batch_size: int, tokens: str
+) -> None:
     base = load(family)
-    edits, names = facts(base.tokenizer, 9), default_modules(base.model)
-    close(
-        in_order(edit_rows(Runner(base), edits, names, batch_size)), in_order(edit_rows(Runner(base), edits, names, 4))
-    )
+    edits, names = facts(base.tokenizer, 9), default_modules(base.model, 2)
+    mine, theirs = (in_order(edit_rows(Runner(base), edits, names, size, tokens)) for size in (batch_size, 4))
+    close(mine, theirs)
+    assert len(mine.owners) == row_count(edits, tokens)
+
+
+@pytest.mark.parametrize("tokens", ["subject", "all"])
+def test_more_tokens_leave_the_answers_rows_as_they_are(load: Callable, facts: Callable, tokens: str) -> None:
+    base = load("llama")
+    edits, names = facts(base.tokenizer, 6), default_modules(base.model, 2)
+    more, fewer = (in_order(edit_rows(Runner(base), edits, names, 4, which)) for which in (tokens, "answer"))
+    kept = more.roles < ROLES["answer"]
+    assert not kept.all()
+    assert torch.equal(more.owners[kept], fewer.owners)
+    assert torch.equal(more.roles[kept], fewer.roles)
+    assert more.loss == fewer.loss
+    for kind in ("keys", "gradients", "values"):
+        for name in names:
+            assert torch.equal(getattr(more, kind)[name][kept], getattr(fewer, kind)[name])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tokens", ["subject", "all"])
+def test_the_last_block_s_mlp_gets_no_gradient_in_front_of_the_answer(
+    load: Callable, facts: Callable, family: str, tokens: str
+) -> None:
+    """No later attention reads those tokens there; in every block before, one does."""
+    base = load(family, layers=3)
+    edits, names = facts(base.tokenizer, 5), default_modules(base.model, 3)
+    rows = in_order(edit_rows(Runner(base), edits, names, 3, tokens))
+    for role in range(ROLES[tokens]):
+        assert bool((rows.roles == role).any())
+        for name in names:
+            sizes = rows.gradients[name][rows.roles == role].norm(dim=-1)
+            assert bool((sizes == 0).all() if role in (SUBJECT, CONTEXT) and name == names[-1] else (sizes > 0).all())
 
 
 def test_two_modules_of_one_block_get_their_own_gradients(load: Callable, facts: Callable) -> None:
@@ -118,32 +222,32 @@ def test_two_modules_of_one_block_get_their_own_gradients(load: Callable, facts:
     base = load("gpt2")
     edits = facts(base.tokenizer, 3)
     names = [f"transformer.h.{i}.mlp.{leaf}" for i in (0, 1) for leaf in ("c_fc", "c_proj")]
-    rows = in_order(edit_rows(Runner(base), edits, names, 8))
+    rows = in_order(edit_rows(Runner(base), edits, names, 8, "answer"))
     for name in names:
-        wanted = torch.cat([alone(base, fact, name)[1] for fact in edits])
+        wanted = torch.cat([alone(base, fact, name, list(fact.positions))[1] for fact in edits])
         torch.testing.assert_close(rows.gradients[name], wanted, rtol=1e-5, atol=1e-6)
         assert float(wanted.norm()) > 1e-3
 
 
 def test_half_precision_rows_come_in_fp32(load: Callable, facts: Callable) -> None:
     base = load("gpt2", dtype="bfloat16")
-    (rows,) = edit_rows(Runner(base), facts(base.tokenizer, 3), default_modules(base.model), 8)
+    (rows,) = edit_rows(Runner(base), facts(base.tokenizer, 3), default_modules(base.model, 2), 8, "subject")
     for kind in (rows.keys, rows.gradients, rows.values):
         assert all(tensor.dtype == torch.float32 for tensor in kind.values())
 
 
 def test_no_weight_gradient_is_left_behind(load: Callable, facts: Callable) -> None:
     base = load("llama")
-    list(edit_rows(Runner(base), facts(base.tokenizer, 3), default_modules(base.model), 8))
+    list(edit_rows(Runner(base), facts(base.tokenizer, 3), default_modules(base.model, 2), 8, "subject"))
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in base.model.parameters())
 
 
 def test_capturing_works_inside_no_grad(load: Callable, facts: Callable) -> None:
     base = load("llama")
-    edits, names = facts(base.tokenizer, 3), default_modules(base.model)
+    edits, names = facts(base.tokenizer, 3), default_modules(base.model, 2)
     with torch.no_grad():
-        inside = in_order(edit_rows(Runner(base), edits, names, 8))
-    close(inside, in_order(edit_rows(Runner(base), edits, names, 8)))
+        inside = in_order(edit_rows(Runner(base), edits, names, 8, "subject"))
+    close(inside, in_order(edit_rows(Runner(base), edits, names, 8, "subject")))
 
 
 @pytest.mark.parametrize("batch", [[0], [0, 1], [0, 1, 2, 3], [3, 0]])
@@ -232,12 +336,12 @@ def test_a_broken_weight_names_module_and_fact(
     load: Callable, facts: Callable, broken_weight: Callable, family: str, value: float
 ) -> None:
     base = load(family)
-    names = default_modules(base.model)
+    names = default_modules(base.model, 2)
     broken_weight(base, names[0], value)
     with pytest.raises(
         NumericsError, match=r"^(transformer|model)\.\S+: (key|value gradient) is not finite for fact \d"
     ):
-        list(edit_rows(Runner(base), facts(base.tokenizer, 3), names, 2))
+        list(edit_rows(Runner(base), facts(base.tokenizer, 3), names, 2, "subject"))
     assert hook_count(base.model) == 0
 
 
@@ -249,7 +353,7 @@ def test_the_fact_to_blame_is_named_by_its_place_in_the_sequence(load: Callable,
     try:
         weight.data[31] = float("nan")
         with pytest.raises(NumericsError, match=r"^model.layers.0.mlp.down_proj: key is not finite for fact 1 "):
-            list(edit_rows(Runner(base), edits, default_modules(base.model), 8))
+            list(edit_rows(Runner(base), edits, default_modules(base.model, 2), 8, "subject"))
     finally:
         weight.data[31] = kept
 
@@ -260,8 +364,8 @@ def test_a_batch_that_does_not_fit_is_halved(
     load: Callable, facts: Callable, monkeypatch: pytest.MonkeyPatch, batch_size: int, fits: int
 ) -> None:
     base = load("gpt2")
-    edits, names = facts(base.tokenizer, 9), default_modules(base.model)
-    wanted = in_order(edit_rows(Runner(base), edits, names, batch_size))
+    edits, names = facts(base.tokenizer, 9), default_modules(base.model, 2)
+    wanted = in_order(edit_rows(Runner(base), edits, names, batch_size, "subject"))
     runner, sizes = Runner(base), []
     plain = runner.logits
 
@@ -272,7 +376,7 @@ def test_a_batch_that_does_not_fit_is_halved(
         return plain(sequences, **options)
 
     monkeypatch.setattr(runner, "logits", small)
-    close(in_order(edit_rows(runner, edits, names, batch_size)), wanted)
+    close(in_order(edit_rows(runner, edits, names, batch_size, "subject")), wanted)
     assert max(sizes) == batch_size
     assert hook_count(base.model) == 0
 
@@ -286,7 +390,7 @@ def test_one_fact_that_does_not_fit_says_what_was_needed(load: Callable, facts: 
 
     monkeypatch.setattr(runner, "logits", full)
     with pytest.raises(MemoryLimitError, match=r"^out of memory on a single prompt .*Tried to allocate 2.00 GiB"):
-        list(edit_rows(runner, facts(base.tokenizer, 4), default_modules(base.model), 4))
+        list(edit_rows(runner, facts(base.tokenizer, 4), default_modules(base.model, 2), 4, "subject"))
     assert hook_count(base.model) == 0
 
 
@@ -307,7 +411,7 @@ def test_halving_runs_every_index_once_in_order() -> None:
 
 def test_hooks_go_when_the_body_raises(load: Callable) -> None:
     base = load("llama")
-    names = default_modules(base.model)
+    names = default_modules(base.model, 2)
     with pytest.raises(IndexError), watching(base.model, names, gradients=True):
         [][hook_count(base.model)]
     assert hook_count(base.model) == 0
@@ -316,12 +420,12 @@ def test_hooks_go_when_the_body_raises(load: Callable) -> None:
 def test_a_loss_that_raises_leaves_no_hook(load: Callable, facts: Callable) -> None:
     base = load("llama")
     with pytest.raises(ZeroDivisionError):
-        weight_gradients(Runner(base), facts(base.tokenizer, 2), default_modules(base.model), lambda *_: 1 / 0)
+        weight_gradients(Runner(base), facts(base.tokenizer, 2), default_modules(base.model, 2), lambda *_: 1 / 0)
     assert hook_count(base.model) == 0
 
 
 def test_an_abandoned_capture_leaves_no_hook(load: Callable, facts: Callable) -> None:
     base = load("llama")
-    parts = capture.edit_rows(Runner(base), facts(base.tokenizer, 6), default_modules(base.model), 2)
+    parts = capture.edit_rows(Runner(base), facts(base.tokenizer, 6), default_modules(base.model, 2), 2, "subject")
     next(parts)
     assert hook_count(base.model) == 0

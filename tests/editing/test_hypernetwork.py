@@ -13,16 +13,20 @@ from torch import Tensor
 from malmen_cli.editing.hypernetwork import HyperNetwork, Moments
 
 F64 = torch.float64
-M, DK, DV = 2, 5, 3
+M, R, DK, DV = 2, 3, 5, 3
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def network(blocks: int = 2, seed: int = 0) -> HyperNetwork:
+def role(number: int, rows: int) -> Tensor:
+    return torch.full((rows,), number)
+
+
+def network(blocks: int = 2, seed: int = 0, roles: int = R) -> HyperNetwork:
     generator = torch.Generator().manual_seed(seed)
-    return HyperNetwork(M, DK, DV, rank=4, blocks=blocks, generator=generator).double()
+    return HyperNetwork(M, DK, DV, rank=4, blocks=blocks, roles=roles, generator=generator).double()
 
 
 @torch.no_grad()
@@ -30,8 +34,9 @@ def stirred(blocks: int = 2) -> HyperNetwork:
     net = network(blocks)
     for i, parameter in enumerate(net.parameters()):
         parameter += 0.3 * normal(*parameter.shape, seed=i)
-    net.mean.copy_(normal(M, DK + DV, seed=50))
-    net.std.copy_(normal(M, DK + DV, seed=51).abs() + 0.5)
+    net.mean.copy_(normal(M, R, DK + DV, seed=50))
+    net.std.copy_(normal(M, R, DK + DV, seed=51).abs() + 0.5)
+    net.limit.copy_(1 + normal(M, R, seed=52).abs())  # some rows are beyond it
     return net
 
 
@@ -83,9 +88,9 @@ def test_the_normaliser_of_few_rows_is_finite(centre: bool, rows: int) -> None:
     moments = Moments(M, DK + DV)
     moments.add(features)
     net = network()
-    net.normalise_by(moments, centre=centre)
+    net.normalise_by(moments, centre=centre, role=1)
     assert bool((net.std > 0).all())
-    values = net.value_shifts(features[..., :DK], features[..., DK:])
+    values = net.value_shifts(features[..., :DK], features[..., DK:], role(1, rows))
     assert bool(values.isfinite().all())
 
 
@@ -94,8 +99,8 @@ def test_centred_features_have_mean_zero_and_variance_one() -> None:
     moments = Moments(M, DK + DV)
     moments.add(torch.cat([keys, gradients], -1))
     net = network()
-    net.normalise_by(moments, centre=True)
-    for part in net.features(keys, gradients):
+    net.normalise_by(moments, centre=True, role=2)
+    for part in net.features(keys, gradients, role(2, 200)):
         torch.testing.assert_close(part.mean(1), torch.zeros_like(part[:, 0]), rtol=0, atol=1e-9)
         torch.testing.assert_close(part.var(1), torch.ones_like(part[:, 0]), rtol=1e-9, atol=0)
 
@@ -107,7 +112,7 @@ def test_without_centring_features_have_mean_square_one_and_keep_their_sign() ->
     net = network()
     net.mean.fill_(3.0)  # of an earlier, centred calibration
     net.normalise_by(moments, centre=False)
-    for part, raw in zip(net.features(keys, gradients), (keys, gradients), strict=True):
+    for part, raw in zip(net.features(keys, gradients, role(0, 200)), (keys, gradients), strict=True):
         torch.testing.assert_close(part.square().mean(1), torch.ones_like(part[:, 0]), rtol=1e-9, atol=0)
         assert part.sign().eq(raw.sign()).all()
 
@@ -119,7 +124,7 @@ def test_a_feature_that_never_moved_is_not_blown_up() -> None:
     moments.add(features)
     net = network()
     net.normalise_by(moments, centre=True)
-    assert bool((net.std[:, 2] > 0.1).all())
+    assert bool((net.std[:, 0, 2] > 0.1).all())
 
 
 def test_small_gradients_beside_huge_keys_are_not_taken_for_dead() -> None:
@@ -130,7 +135,7 @@ def test_small_gradients_beside_huge_keys_are_not_taken_for_dead() -> None:
     moments.add(torch.cat([keys, gradients], -1))
     net = network()
     net.normalise_by(moments, centre=True)
-    pseudo = net.features(keys, gradients)[1]
+    pseudo = net.features(keys, gradients, role(0, 80))[1]
     torch.testing.assert_close(pseudo.var(1), torch.ones(M, DV, dtype=F64), rtol=1e-9, atol=0)
 
 
@@ -143,14 +148,14 @@ def test_the_start_is_the_identity_on_normalised_features(blocks: int) -> None:
     net.mean.fill_(0.5)
     net.std.fill_(2.0)
     keys, gradients = normal(M, 6, DK), normal(M, 6, DV, seed=1)
-    pseudo_keys, pseudo_gradients = net.features(keys, gradients)
+    pseudo_keys, pseudo_gradients = net.features(keys, gradients, torch.arange(6) % R)
     torch.testing.assert_close(pseudo_keys, (keys - 0.5) / 2, rtol=1e-14, atol=0)
     torch.testing.assert_close(pseudo_gradients, (gradients - 0.5) / 2, rtol=1e-14, atol=0)
 
 
 def test_the_first_backward_reaches_up_and_bias() -> None:
     net = network()
-    net.value_shifts(normal(M, 6, DK), normal(M, 6, DV, seed=1)).square().sum().backward()
+    net.value_shifts(normal(M, 6, DK), normal(M, 6, DV, seed=1), torch.arange(6) % R).square().sum().backward()
     for name in ("up", "bias", "shift", "log_lr"):
         gradient = getattr(net, name).grad
         assert gradient is not None
@@ -168,20 +173,22 @@ def test_value_shifts_by_hand() -> None:
     net.mean.fill_(1.0)
     net.std.fill_(2.0)
     net.log_lr.data.fill_(0.5)
-    shifts = net.value_shifts(torch.tensor([[[1.0, 2.0]]], dtype=F64), torch.tensor([[[3.0]]], dtype=F64))
+    key, gradient = torch.tensor([[[1.0, 2.0]]], dtype=F64), torch.tensor([[[3.0]]], dtype=F64)
+    shifts = net.value_shifts(key, gradient, role(0, 1))
     assert shifts.item() == pytest.approx(-math.exp(0.5) * (1 * 0 + 2 * 0.5) * 1, rel=1e-15)
 
 
 def test_blocks_row_by_row_as_in_the_paper() -> None:
     net = stirred()
     keys, gradients = normal(M, 4, DK, seed=8), normal(M, 4, DV, seed=9)
-    pseudo_keys, pseudo_gradients = net.features(keys, gradients)
+    roles = [2, 0, 1, 0]
+    pseudo_keys, pseudo_gradients = net.features(keys, gradients, torch.tensor(roles))
     for m in range(M):
-        for j in range(4):
-            y = (torch.cat([keys[m, j], gradients[m, j]]) - net.mean[m]) / net.std[m]
+        for j, r in enumerate(roles):
+            y = (torch.cat([keys[m, j], gradients[m, j]]) - net.mean[m, r]) / net.std[m, r]
             for i in range(2):
                 hidden = torch.relu(y @ net.down[i] @ net.up[i] + net.bias[i])
-                y = y + net.scale[i, m] * hidden + net.shift[i, m]
+                y = y + net.scale[i, m, r] * hidden + net.shift[i, m, r]
             torch.testing.assert_close(pseudo_keys[m, j], y[:DK], rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(pseudo_gradients[m, j], y[DK:], rtol=1e-12, atol=1e-12)
 
@@ -190,9 +197,128 @@ def test_gradients_of_the_network() -> None:
     net = stirred()
     keys, gradients = normal(M, 3, DK, seed=8), normal(M, 3, DV, seed=9)
     parameters = [net.down, net.up, net.bias, net.scale, net.shift, net.log_lr]
-    assert torch.autograd.gradcheck(lambda *_: net.value_shifts(keys, gradients), parameters, fast_mode=True)
+    roles = torch.tensor([2, 0, 2])
+    assert torch.autograd.gradcheck(lambda *_: net.value_shifts(keys, gradients, roles), parameters, fast_mode=True)
 
 
 def test_the_seed_decides_the_start() -> None:
     assert torch.equal(network(seed=1).down, network(seed=1).down)
     assert not torch.equal(network(seed=1).down, network(seed=2).down)
+
+
+def test_no_row_pushes_harder_than_the_limit_of_its_module_and_role() -> None:
+    """Keys a hundred times the others' would push ten thousand times as hard; the direction stays."""
+    net, roles = network(0), torch.tensor([0, 1, 2, 1, 0])
+    net.limit.copy_(torch.tensor([[1.0, 30.0, 1e9], [1e9, 2.0, 5.0]]))
+    keys, gradients = normal(M, 5, DK, seed=8), normal(M, 5, DV, seed=9)
+    keys[:, 1:4] *= 100
+    found = net.value_shifts(keys, gradients, roles)
+    for m in range(M):
+        for j, r in enumerate(roles.tolist()):
+            push = keys[m, j].square().sum() * gradients[m, j]
+            bounded = push * min(1.0, float(net.limit[m, r] / push.norm()))
+            torch.testing.assert_close(found[m, j], -bounded, rtol=1e-12, atol=0)
+            assert float(found[m, j].detach().norm()) <= float(net.limit[m, r]) * (1 + 1e-12)
+    net.std[..., :DK] = -1  # every pseudo-key opposed to its key
+    torch.testing.assert_close(net.value_shifts(keys, gradients, roles), -found, rtol=1e-12, atol=0)
+
+
+def test_before_calibration_there_is_no_limit() -> None:
+    keys, gradients = 1e6 * normal(M, 5, DK, seed=8), normal(M, 5, DV, seed=9)
+    found = network(0).value_shifts(keys, gradients, role(0, 5))
+    torch.testing.assert_close(found, -keys.square().sum(-1, keepdim=True) * gradients, rtol=1e-12, atol=0)
+
+
+# ---------------------------------------------------------------- roles
+
+
+def moments_of(keys: Tensor, gradients: Tensor) -> Moments:
+    moments = Moments(M, DK + DV)
+    moments.add(torch.cat([keys, gradients], -1))
+    return moments
+
+
+@pytest.mark.parametrize("centre", [True, False])
+def test_rows_are_normalised_with_the_moments_of_their_role(centre: bool) -> None:
+    """Keys and gradients of three scales, in one call and out of order."""
+    roles = torch.arange(90) % R
+    size = torch.tensor([1.0, 40.0, 1e-3], dtype=F64)[roles, None]
+    keys, gradients = size * (3 + normal(M, 90, DK)), size * normal(M, 90, DV, seed=1)
+    net = network()
+    for r in range(R):
+        net.normalise_by(moments_of(keys[:, roles == r], gradients[:, roles == r]), centre=centre, role=r)
+    found = torch.cat(net.features(keys, gradients, roles), -1)
+    for r in range(R):
+        mine = found[:, roles == r]
+        spread = mine.var(1) if centre else mine.square().mean(1)
+        torch.testing.assert_close(spread, torch.ones_like(spread), rtol=1e-9, atol=0)
+        if centre:
+            torch.testing.assert_close(mine.mean(1), torch.zeros_like(mine[:, 0]), rtol=0, atol=1e-9)
+
+
+def test_freezing_one_role_leaves_the_others() -> None:
+    net = stirred()
+    mean, std = net.mean.clone(), net.std.clone()
+    net.normalise_by(moments_of(normal(M, 9, DK), normal(M, 9, DV, seed=1)), centre=True, role=1)
+    for before, after in ((mean, net.mean), (std, net.std)):
+        assert torch.equal(after[:, [0, 2]], before[:, [0, 2]])
+        assert not bool((after[:, 1] == before[:, 1]).any())
+
+
+def of_one_role(net: HyperNetwork, number: int) -> HyperNetwork:
+    """A network without roles that holds one role's part of `net`."""
+    alone = network(len(net.down), roles=1)
+    alone.load_state_dict(
+        {
+            name: tensor[..., number : number + 1, :]
+            if name in ("mean", "std", "scale", "shift")
+            else (tensor[:, number : number + 1] if tensor.shape == (M, R) else tensor)
+            for name, tensor in net.state_dict().items()
+        }
+    )
+    return alone
+
+
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_three_roles_are_three_networks_that_share_their_matrices(blocks: int) -> None:
+    net, roles = stirred(blocks), torch.tensor([0, 1, 2, 2, 0, 1, 1])
+    keys, gradients = normal(M, 7, DK, seed=8), normal(M, 7, DV, seed=9)
+    pseudo = net.features(keys, gradients, roles)
+    values = net.value_shifts(keys, gradients, roles)
+    for r in range(R):
+        alone, mine = of_one_role(net, r), roles == r
+        given = keys[:, mine], gradients[:, mine], role(0, int(mine.sum()))
+        for found, wanted in zip(pseudo, alone.features(*given), strict=True):
+            torch.testing.assert_close(found[:, mine], wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(values[:, mine], alone.value_shifts(*given), rtol=1e-12, atol=1e-12)
+
+
+def test_the_order_of_rows_does_not_matter() -> None:
+    net, roles, order = stirred(), torch.tensor([0, 1, 2, 2, 0]), torch.tensor([3, 0, 4, 1, 2])
+    keys, gradients = normal(M, 5, DK, seed=8), normal(M, 5, DV, seed=9)
+    found = net.value_shifts(keys[:, order], gradients[:, order], roles[order])
+    torch.testing.assert_close(found, net.value_shifts(keys, gradients, roles)[:, order], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_value_shift_is_scaled_by_the_step_of_its_module_and_role() -> None:
+    net, roles = stirred(), torch.tensor([0, 1, 2, 1])
+    keys, gradients = normal(M, 4, DK, seed=8), normal(M, 4, DV, seed=9)
+    net.log_lr.zero_()
+    unit = net.value_shifts(keys, gradients, roles)
+    net.log_lr.copy_(torch.arange(6.0).reshape(M, R) / 2)
+    found = net.value_shifts(keys, gradients, roles)
+    for m in range(M):
+        for j, r in enumerate(roles.tolist()):
+            torch.testing.assert_close(found[m, j], math.exp((3 * m + r) / 2) * unit[m, j], rtol=1e-12, atol=0)
+    torch.testing.assert_close(net.steps(roles)[..., 0], (torch.arange(6.0).reshape(M, R) / 2).exp().double()[:, roles])
+
+
+def test_a_role_without_rows_gets_no_gradient() -> None:
+    net = stirred()
+    net.value_shifts(normal(M, 6, DK), normal(M, 6, DV, seed=1), torch.arange(6) % 2).square().sum().backward()
+    for name in ("log_lr", "scale", "shift"):
+        gradient = getattr(net, name).grad
+        by_role = gradient.reshape(-1, M, R, gradient[0].numel() // (M * R) if name != "log_lr" else 1)
+        assert not by_role[:, :, 2].any(), name
+        assert by_role[:, :, :2].flatten(2).any(-1).all(), name

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from malmen_cli.editing.capture import edit_rows
+from malmen_cli.editing.capture import ROLES, SUBJECT, edit_rows, places, row_count
 from malmen_cli.editing.editor import Editor, Group
 from malmen_cli.editing.hypernetwork import HyperNetwork
 from malmen_cli.editing.methods.malmen import Captured, Malmen, gather
@@ -20,7 +21,7 @@ from malmen_cli.editing.shift import Shift, applied
 from malmen_cli.exceptions import NumericsError
 
 F64 = torch.float64
-LOW_RANK, STREAMED = {"mlp": 96}, {"mlp": 8}  # more, or fewer, input dimensions than the facts below have rows
+LOW_RANK, STREAMED = {"mlp": 128}, {"mlp": 8}  # more, or fewer, input dimensions than the facts below have rows
 FORMS = [pytest.param(LOW_RANK, id="low-rank"), pytest.param(STREAMED, id="streamed")]
 TWO_SHAPES = {"modules": ("*.mlp.c_fc", "*.mlp.c_proj")}
 
@@ -77,7 +78,18 @@ def test_the_shift_does_not_depend_on_batch_or_chunk(
 
 
 @pytest.mark.parametrize("options", FORMS)
-@pytest.mark.parametrize("settings", [{"aggregation": "sum"}, {"network": "identity"}, {"centre": False}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"aggregation": "sum"},
+        {"network": "identity"},
+        {"centre": False},
+        {"tokens": "answer"},
+        {"tokens": "all"},
+        {"tokens": "all", "aggregation": "sum"},
+    ],
+    ids=str,
+)
 def test_nor_does_it_in_the_other_variants(
     make_editor: Callable, facts: Callable, reference: Callable, settings: dict, options: dict
 ) -> None:
@@ -90,7 +102,11 @@ def test_nor_does_it_in_the_other_variants(
 
 
 @pytest.mark.parametrize("options", FORMS)
-@pytest.mark.parametrize("settings", [{}, {"aggregation": "sum"}], ids=["ridge", "sum"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"aggregation": "sum"}, {"tokens": "answer"}, {"tokens": "all"}, {"tokens": "all", "aggregation": "sum"}],
+    ids=str,
+)
 def test_the_order_of_facts_does_not_matter(
     make_editor: Callable, facts: Callable, reference: Callable, settings: dict, options: dict
 ) -> None:
@@ -100,14 +116,16 @@ def test_the_order_of_facts_does_not_matter(
     found = Malmen(editor, chunk=7).shift(runner, [edits[i] for i in order], [ids(9)[i] for i in order], batch_size=4)
     assert difference(found, wanted) <= 1e-5
     if wanted.row_facts:
-        assert found.row_facts == tuple(f"fact-{i}" for i in order for _ in edits[i].positions)
+        tokens = editor.settings.tokens
+        assert found.row_facts == tuple(f"fact-{i}" for i in order for _ in places(edits[i], tokens))
 
 
-def test_rows_know_their_facts(make_editor: Callable, facts: Callable) -> None:
-    editor, runner = make_editor("gpt2", **LOW_RANK)
+@pytest.mark.parametrize("tokens", sorted(ROLES))
+def test_rows_know_their_facts(make_editor: Callable, facts: Callable, tokens: str) -> None:
+    editor, runner = make_editor("gpt2", {"tokens": tokens}, **LOW_RANK)
     edits = facts(runner.base.tokenizer, 9)
     found = Malmen(editor).shift(runner, edits, ids(9), batch_size=4)
-    assert found.row_facts == tuple(f"fact-{i}" for i, edit in enumerate(edits) for _ in edit.positions)
+    assert found.row_facts == tuple(f"fact-{i}" for i, edit in enumerate(edits) for _ in places(edit, tokens))
     for module in found.modules.values():
         assert module.rank == len(found.row_facts)
         assert module.dense is None
@@ -117,7 +135,7 @@ def test_rows_know_their_facts(make_editor: Callable, facts: Callable) -> None:
 def test_factors_are_kept_up_to_dk_rows(make_editor: Callable, facts: Callable, extra: int, rank: str | None) -> None:
     _, runner = make_editor("gpt2")
     edits = facts(runner.base.tokenizer, 5)
-    rows = sum(len(edit.positions) for edit in edits)
+    rows = row_count(edits, "subject")
     editor, runner = make_editor("gpt2", mlp=rows - extra)
     found = Malmen(editor).shift(runner, edits, ids(5), batch_size=2)
     assert {module.rank for module in found.modules.values()} == {rows if rank else None}
@@ -148,21 +166,22 @@ def test_dropping_a_fact_s_rows_from_the_factors_is_editing_without_it(make_edit
 def by_hand(editor: Editor, runner: Runner, edits: list) -> dict[str, Tensor]:
     """Every module's shift from one fact at a time, in fp64, by the normal equations as they are written."""
     found = {}
-    parts = [part for edit in edits for part in edit_rows(runner, [edit], editor.names, 1)]
+    parts = [part for edit in edits for part in edit_rows(runner, [edit], editor.names, 1, editor.settings.tokens)]
+    roles = [role for edit in edits for _, role in places(edit, editor.settings.tokens)]
     for group in editor.groups:
         network = group.network
         for i, name in enumerate(group.names):
             keys = torch.cat([part.keys[name] for part in parts])
             stacked = torch.stack([torch.cat([part.keys[n] for part in parts]) for n in group.names])
             gradients = torch.stack([torch.cat([part.gradients[n] for part in parts]) for n in group.names])
-            pseudo_keys, pseudo_gradients = (t[i].double() for t in network.features(stacked, gradients))
-            keys, step = keys.double(), network.log_lr[i].exp().item()
+            pseudo = network.features(stacked, gradients, torch.tensor(roles))
+            pseudo_keys, pseudo_gradients = (t[i].double() for t in pseudo)
+            keys, steps = keys.double(), [network.log_lr[i, role].exp().item() for role in roles]
+            rows = list(zip(steps, keys, pseudo_keys, pseudo_gradients, strict=True))
             if editor.settings.aggregation == "sum":
-                found[name] = -step * sum(torch.outer(k, g) for k, g in zip(pseudo_keys, pseudo_gradients, strict=True))
+                found[name] = -sum(step * torch.outer(p, g) for step, _, p, g in rows)
                 continue
-            values = torch.stack(
-                [-step * (k @ p) * g for k, p, g in zip(keys, pseudo_keys, pseudo_gradients, strict=True)]
-            )
+            values = torch.stack([-step * (k @ p) * g for step, k, p, g in rows])
             unit = torch.eye(group.dk, dtype=F64)
             second_moment = group.preserved.to(F64).times(unit.repeat(len(group.names), 1, 1))[i]
             system = keys.T @ keys + network.log_lambda[i].exp() * unit + network.log_mu[i].exp() * second_moment
@@ -172,7 +191,11 @@ def by_hand(editor: Editor, runner: Runner, edits: list) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("options", FORMS)
-@pytest.mark.parametrize("settings", [{}, {"aggregation": "sum"}, {"network": "identity"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"aggregation": "sum"}, {"network": "identity"}, {"tokens": "answer"}, {"tokens": "all"}],
+    ids=str,
+)
 def test_the_shift_is_what_the_equations_say(
     make_editor: Callable, facts: Callable, family: str, options: dict, settings: dict
 ) -> None:
@@ -190,7 +213,7 @@ def test_modules_of_two_shapes_are_shifted_together(make_editor: Callable, facts
     """At 12 facts the narrow matrices' rows are streamed and the wide ones' are kept."""
     editor, runner = make_editor("gpt2", TWO_SHAPES, mlp=72)
     edits = facts(runner.base.tokenizer, count)
-    rows = sum(len(edit.positions) for edit in edits)
+    rows = row_count(edits, "subject")
     found = Malmen(editor).shift(runner, edits, ids(count), batch_size=4)
     assert list(found.modules) == editor.names
     for name, wanted in by_hand(editor, runner, edits).items():
@@ -209,7 +232,7 @@ def test_outputs_on_captured_keys_move_as_predicted(
     editor, runner = make_editor(family, mlp=mlp)
     edits = facts(runner.base.tokenizer, 4)
     found = Malmen(editor).shift(runner, edits, ids(4), batch_size=4)
-    (rows,) = edit_rows(runner, edits, editor.names, 4)
+    (rows,) = edit_rows(runner, edits, editor.names, 4, "subject")
     with applied(runner.model, found):
         for name in editor.names:
             moved = runner.model.get_submodule(name)(rows.keys[name]) - rows.values[name]
@@ -225,14 +248,58 @@ def test_the_untrained_step_lowers_the_edit_loss(load: Callable, facts: Callable
         parameter.data.fill_(-2.0)
     edits = facts(base.tokenizer, 4)
     found = Malmen(editor).shift(runner, edits, ids(4), batch_size=4)
-    before = sum(part.loss for part in edit_rows(runner, edits, editor.names, 4))
+    before = sum(part.loss for part in edit_rows(runner, edits, editor.names, 4, "subject"))
     with applied(base.model, found):
-        after = sum(part.loss for part in edit_rows(runner, edits, editor.names, 4))
+        after = sum(part.loss for part in edit_rows(runner, edits, editor.names, 4, "subject"))
     assert after < before
 
 
-def test_replaying_gives_the_same_shift(make_editor: Callable, facts: Callable) -> None:
-    editor, runner = make_editor("llama", {"modules": ("model.layers.[23].mlp.down_proj",)}, layers=4)
+@pytest.mark.parametrize("tokens", sorted(ROLES))
+def test_facts_without_a_subject_have_rows_at_the_answer_alone(
+    make_editor: Callable, facts: Callable, tokens: str
+) -> None:
+    """Whether a subject is known makes no difference to `answer`, and no other to `subject` than its row."""
+    editor, runner = make_editor("gpt2", {"tokens": tokens}, **LOW_RANK)
+    edits = facts(runner.base.tokenizer, 6)
+    bare = [replace(edit, subject=None) for edit in edits]
+    mine, theirs = (Malmen(editor).shift(runner, some, ids(6), batch_size=4) for some in (edits, bare))
+    known = sum(edit.subject is not None for edit in edits)
+    assert 0 < known < len(edits)
+    assert len(mine.row_facts) - len(theirs.row_facts) == (known if tokens == "subject" else 0)
+    if tokens == "answer":
+        assert torch.equal(matrices(mine), matrices(theirs))
+    else:
+        assert difference(mine, theirs) > 1e-3
+    for name, wanted in by_hand(editor, runner, bare).items():
+        assert float((theirs.modules[name].matrix().double() - wanted).norm() / wanted.norm()) <= 1e-5
+
+
+@torch.no_grad()
+def test_each_role_has_a_step_of_its_own(make_editor: Callable, facts: Callable) -> None:
+    """The shift is linear in value shifts: with the subject's step at e^-60, it is that of their rows set to 0."""
+    editor, runner = make_editor("gpt2", **LOW_RANK)
+    edits = facts(runner.base.tokenizer, 6)
+    (group,) = editor.groups
+    step, method = group.network.log_lr, Malmen(editor)
+    kept = step.clone()
+    try:
+        whole = method.shift(runner, edits, ids(6), batch_size=4)
+        step[:, SUBJECT] = -60.0
+        without = method.shift(runner, edits, ids(6), batch_size=4)
+        step.copy_(kept)
+        step[:, :SUBJECT] = -60.0
+        alone = method.shift(runner, edits, ids(6), batch_size=4)
+    finally:
+        step.copy_(kept)
+    assert min(float(matrices(part).norm()) for part in (without, alone)) > 1e-3 * float(matrices(whole).norm())
+    total = matrices(without) + matrices(alone)
+    assert float((total - matrices(whole)).norm()) <= 1e-5 * float(matrices(whole).norm())
+
+
+@pytest.mark.parametrize("tokens", sorted(ROLES))
+def test_replaying_gives_the_same_shift(make_editor: Callable, facts: Callable, tokens: str) -> None:
+    settings = {"modules": ("model.layers.[23].mlp.down_proj",), "tokens": tokens}
+    editor, runner = make_editor("llama", settings, layers=4)
     replaying = Runner(runner.base, 2)
     assert replaying.replaying
     edits = facts(runner.base.tokenizer, 9)
@@ -323,21 +390,23 @@ def test_a_step_without_bounds_is_refused(own_editor: Callable, facts: Callable,
 
 
 def fp64_group(n: int, blocks: int, rank: int, seed: int) -> tuple[Group, Captured, Tensor]:
-    """A group of two modules with a random network in fp64, n captured rows, and dL/dS."""
-    dk, dv = 6, 4
-    network = HyperNetwork(2, dk, dv, rank=3, blocks=blocks, generator=torch.Generator().manual_seed(seed)).double()
+    """A group of two modules with a random network in fp64, n captured rows of mixed roles, and dL/dS."""
+    dk, dv, roles = 6, 4, 3
+    generator = torch.Generator().manual_seed(seed)
+    network = HyperNetwork(2, dk, dv, rank=3, blocks=blocks, roles=roles, generator=generator).double()
     with torch.no_grad():
         for i, parameter in enumerate(network.parameters()):
             parameter += 0.3 * normal(*parameter.shape, seed=seed + i)
-        network.mean.copy_(0.2 * normal(2, dk + dv, seed=seed + 20))
-        network.std.copy_(0.5 + normal(2, dk + dv, seed=seed + 21).abs())
+        network.mean.copy_(0.2 * normal(2, roles, dk + dv, seed=seed + 20))
+        network.std.copy_(0.5 + normal(2, roles, dk + dv, seed=seed + 21).abs())
+        network.limit.fill_(4.0)  # some rows push harder
     preserved = Preserved.none(2, dk).to(F64)
     if rank:
         basis = torch.linalg.qr(normal(2, dk, rank, seed=seed + 22))[0]
         preserved = Preserved(basis, normal(2, rank, seed=seed + 23).abs() + 0.2, torch.full((2,), 0.1, dtype=F64))
     group = Group(("a", "b"), dk, dv, network, preserved)
-    owners = torch.arange(n)
-    captured = Captured(normal(2, n, dk, seed=seed + 24), normal(2, n, dv, seed=seed + 25), owners)
+    rows = normal(2, n, dk, seed=seed + 24), normal(2, n, dv, seed=seed + 25)
+    captured = Captured(*rows, owners=torch.arange(n), roles=2 * torch.arange(n) % roles)
     return group, captured, normal(2, dk, dv, seed=seed + 26)
 
 
@@ -345,13 +414,14 @@ def through_autograd(group: Group, captured: Captured, upstream: Tensor, aggrega
     """d <upstream, S(theta)> / d theta with the solve inside the graph."""
     network, keys = group.network, captured.keys
     if aggregation == "sum":
-        pseudo_keys, pseudo_gradients = network.features(keys, captured.gradients)
-        shift = -network.log_lr.exp()[:, None, None] * (pseudo_keys.mT @ pseudo_gradients)
+        pseudo_keys, pseudo_gradients = network.features(keys, captured.gradients, captured.roles)
+        steps = network.log_lr.exp()[:, captured.roles]
+        shift = -torch.einsum("mn,mnk,mnv->mkv", steps, pseudo_keys, pseudo_gradients)
     else:
         unit = torch.eye(group.dk, dtype=F64).repeat(2, 1, 1)
         system = keys.mT @ keys + network.log_lambda.exp()[:, None, None] * unit
         system = system + network.log_mu.exp()[:, None, None] * group.preserved.times(unit)
-        shift = torch.linalg.solve(system, keys.mT @ network.value_shifts(keys, captured.gradients))
+        shift = torch.linalg.solve(system, keys.mT @ network.value_shifts(keys, captured.gradients, captured.roles))
     names, parameters = zip(*network.named_parameters(), strict=True)
     gradients = torch.autograd.grad((upstream * shift).sum(), parameters, allow_unused=True)
     pairs = zip(names, parameters, gradients, strict=True)
@@ -377,6 +447,8 @@ def test_pull_back_is_autograd_end_to_end(
     solution = form(captured.keys, method.value_shifts(group, captured), group.penalty(F64))
     method.pull_back(group, captured, upstream, solution)
     same_gradients(group.network, wanted)
+    # A step of its own for every role that has rows, and none for the others.
+    assert torch.equal(wanted["log_lr"] != 0, torch.isin(torch.arange(3), captured.roles).expand(2, 3))
     if rank:
         assert bool(wanted["log_mu"].all())
 
@@ -405,14 +477,16 @@ def test_pull_back_adds_up_over_calls_and_chunks(make_editor: Callable, aggregat
     same_gradients(group.network, wanted)
 
 
-@pytest.mark.parametrize("settings", [{}, {"aggregation": "sum"}, {"network": "identity"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"aggregation": "sum"}, {"network": "identity"}, {"tokens": "all"}, {"tokens": "answer"}], ids=str
+)
 @pytest.mark.parametrize("options", FORMS)
 def test_a_training_step_s_shift_is_the_edit_s(
     make_editor: Callable, facts: Callable, settings: dict, options: dict
 ) -> None:
     editor, runner = make_editor("gpt2", {**TWO_SHAPES, **settings}, **options)
     method, edits = Malmen(editor, chunk=7), facts(runner.base.tokenizer, 6)
-    parts = list(edit_rows(runner, edits, editor.names, 4))
+    parts = list(edit_rows(runner, edits, editor.names, 4, editor.settings.tokens))
     captured = [gather(group, parts) for group in editor.groups]
     assert all(rows.owners.tolist() == sorted(rows.owners.tolist()) for rows in captured)
     joined, solutions = method.joined(captured)
@@ -429,7 +503,7 @@ def test_fp32_training_gradients_are_the_fp64_ones(make_editor: Callable, facts:
     editor, runner = make_editor("gpt2", **options)
     method, edits = Malmen(editor), facts(runner.base.tokenizer, 6)
     (group,) = editor.groups
-    captured = gather(group, edit_rows(runner, edits, editor.names, 4))
+    captured = gather(group, edit_rows(runner, edits, editor.names, 4, "subject"))
     upstream = normal(2, group.dk, group.dv, seed=1).float()
     _, (solution,) = method.joined([captured])
     try:

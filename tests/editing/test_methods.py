@@ -7,7 +7,7 @@ import importlib
 import pytest
 
 from malmen_cli.editing.methods import METHODS, method_entry
-from malmen_cli.editing.settings import MalmenSettings, from_mapping
+from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, from_mapping
 from malmen_cli.exceptions import SpecError
 
 
@@ -16,7 +16,7 @@ def test_an_entry_points_to_a_class_and_its_preset_is_valid(name: str) -> None:
     entry = method_entry(name)
     module, _, attribute = entry.target.partition(":")
     assert isinstance(getattr(importlib.import_module(module), attribute), type)
-    settings = from_mapping(MalmenSettings, dict(entry.preset), name)
+    settings = from_mapping(entry.settings, dict(entry.preset), name)
     assert all(getattr(settings, key) == value for key, value in entry.preset.items())
 
 
@@ -27,10 +27,17 @@ def test_variants_differ_in_their_settings_alone() -> None:
     assert len({method_entry(name).target for name in ("malmen", "mend", "identity")}) == 1
 
 
+def test_finetune_alone_has_no_editor() -> None:
+    assert [name for name in METHODS if not method_entry(name).has_editor] == ["finetune"]
+    assert method_entry("finetune").settings is FinetuneSettings
+    assert method_entry("malmen").settings is MalmenSettings
+
+
 @pytest.mark.parametrize(
-    ("name", "near"), [("malman", "malmen"), ("MEND", None), ("identitty", "identity"), ("", None)]
+    ("name", "near"),
+    [("malman", "malmen"), ("MEND", None), ("identitty", "identity"), ("finetun", "finetune"), ("", None)],
 )
 def test_an_unknown_method_is_refused(name: str, near: str | None) -> None:
-    hint = rf"did you mean '{near}'\?" if near else "known: malmen, mend, identity"
+    hint = rf"did you mean '{near}'\?" if near else "known: malmen, mend, identity, finetune"
     with pytest.raises(SpecError, match=rf"^method '{name}' is not known; {hint}"):
         method_entry(name)

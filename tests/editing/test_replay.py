@@ -105,12 +105,13 @@ def test_replay_gives_the_full_forward_s_logits(load: Callable, family: str) -> 
 def test_replay_gives_the_full_forward_s_keys_and_gradients(load: Callable, family: str) -> None:
     base = load(family, layers=4)
     names = default_modules(base.model, 2)
-    (full,) = edit_rows(Runner(base), SEQUENCES, names, 8)
+    (full,) = edit_rows(Runner(base), SEQUENCES, names, 8, "all")
     runner = Runner(base, 2)
     assert runner.replaying
     for keep in (True, True, False):
-        (replayed,) = edit_rows(runner, SEQUENCES, names, 8, keep=keep)
+        (replayed,) = edit_rows(runner, SEQUENCES, names, 8, "all", keep=keep)
         assert torch.equal(replayed.owners, full.owners)
+        assert torch.equal(replayed.roles, full.roles)
         assert replayed.loss == pytest.approx(full.loss, rel=1e-5)
         for kind in ("keys", "gradients", "values"):
             for name in names:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from malmen_cli.editing.settings import IDENTITY_ROUNDS, MalmenSettings, above_zero, at_least, from_mapping
+from malmen_cli.editing.settings import ROUNDS, MalmenSettings, above_zero, at_least, from_mapping
 from malmen_cli.exceptions import SpecError
 
 
@@ -82,6 +82,12 @@ def test_values_of_the_wrong_type_or_range(key: str, value: Any, message: str) -
         from_mapping(Sample, {"must": 1, key: value}, "spec")
 
 
+@pytest.mark.parametrize("tokens", ["answer", "subject", "all"])
+def test_rows_may_be_taken_at_these_tokens(tokens: str) -> None:
+    assert from_mapping(MalmenSettings, {"tokens": tokens}, "s").tokens == tokens
+    assert MalmenSettings().tokens == "subject"
+
+
 def test_a_missing_setting() -> None:
     with pytest.raises(SpecError, match=r"^spec: must is missing$"):
         from_mapping(Sample, {}, "spec")
@@ -110,6 +116,8 @@ def test_an_unknown_setting_gets_the_known_ones(key: Any) -> None:
         ("ridge_lambda", -1.0),
         ("aggregation", "mean"),
         ("network", "cnn"),
+        ("tokens", "prompt"),
+        ("tokens", None),
         ("preserved_weight", float("nan")),
     ],
 )
@@ -118,13 +126,15 @@ def test_malmen_s_settings_have_ranges(key: str, value: Any) -> None:
         from_mapping(MalmenSettings, {key: value}, "s")
 
 
-@pytest.mark.parametrize(("rounds", "network", "passes"), [(None, "mlp", 1), (4, "mlp", 4), (2, "identity", 2)])
+@pytest.mark.parametrize(("rounds", "network", "passes"), [(1, "mlp", 1), (5, "mlp", 5), (2, "identity", 2)])
 def test_facts_are_gone_over_as_often_as_asked(rounds: int | None, network: str, passes: int) -> None:
     assert from_mapping(MalmenSettings, {"rounds": rounds, "network": network}, "s").passes == passes
 
 
-def test_an_untrained_network_goes_over_the_facts_again() -> None:
-    assert MalmenSettings(network="identity").passes == IDENTITY_ROUNDS > 1
+def test_facts_are_gone_over_again_but_with_mend_s_sum() -> None:
+    assert MalmenSettings().passes == MalmenSettings(network="identity").passes == ROUNDS > 1
+    assert MalmenSettings(aggregation="sum").passes == 1
+    assert MalmenSettings(aggregation="sum", rounds=2).passes == 2
     with pytest.raises(SpecError, match="rounds: must be at least 1, not 0"):
         MalmenSettings(rounds=0)
 

@@ -73,7 +73,7 @@ def test_two_shifts_add_up_and_stay_low_rank_while_they_can(ranks: tuple, rank: 
 @pytest.mark.parametrize("form", ["factors", "dense"])
 def test_outputs_move_by_keys_times_shift(load: Callable, facts: Callable, family: str, mlp: int, form: str) -> None:
     base, name = load(family, mlp=mlp), TARGETS[family]
-    (rows,) = edit_rows(Runner(base), facts(base.tokenizer, 4), [name], 8)
+    (rows,) = edit_rows(Runner(base), facts(base.tokenizer, 4), [name], 8, "subject")
     module, keys = base.model.get_submodule(name), rows.keys[name]
     change = low_rank(weight_layout(module), mlp, 32)
     if form == "dense":

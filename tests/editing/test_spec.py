@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from malmen_cli.editing.settings import MalmenSettings
-from malmen_cli.editing.spec import Spec, read_spec
+from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings
+from malmen_cli.editing.spec import FinetuneSpec, Spec, read_editor_spec, read_spec
 from malmen_cli.exceptions import SpecError
 
 
@@ -51,6 +51,30 @@ def test_a_file(tmp_path: Path) -> None:
     assert found.source == str(path)
 
 
+def test_finetune_has_settings_of_its_own(tmp_path: Path) -> None:
+    assert read_spec(None, method="finetune") == FinetuneSpec(source="settings")
+    path = written(
+        tmp_path, "method: finetune\nsettings: {block: 3, lr: 1}\ntraining:\nfacts: [{prompt: a, target: b}]"
+    )
+    assert read_spec(path) == FinetuneSpec("finetune", FinetuneSettings(block=3, lr=1.0), str(path))
+
+
+@pytest.mark.parametrize("text", ["method: finetune", "method: finetune\nsettings: {rank: 4}", "settings: {rank: 4}"])
+def test_an_editor_cannot_be_trained_for_a_method_without_one(tmp_path: Path, text: str) -> None:
+    """Said first, whatever else is wrong: of the settings none would be right."""
+    said = "^finetune needs no training; use it with: malmen apply BASE FACTS -o DIR --method finetune$"
+    with pytest.raises(SpecError, match=said):
+        read_editor_spec(written(tmp_path, text), method="finetune")
+    with pytest.raises(SpecError, match=said):
+        read_editor_spec(None, method="finetune")
+
+
+def test_the_spec_of_an_editor_is_the_same(tmp_path: Path) -> None:
+    path = written(tmp_path, "method: mend\nsettings: {rank: 4}\ntraining: {steps: 3}\n")
+    assert read_editor_spec(path) == read_spec(path)
+    assert read_editor_spec(None, method="identity") == read_spec(None, method="identity")
+
+
 def test_the_command_line_s_method_counts_more(tmp_path: Path) -> None:
     found = read_spec(written(tmp_path, "method: mend\n"), method="identity")
     assert (found.method, found.settings.aggregation) == ("identity", "ridge")
@@ -85,6 +109,10 @@ def test_only_what_names_a_method_gives_one(tmp_path: Path) -> None:
         ("settings: {modules: all}", "expected a list of str, not 'all'"),
         ("{method: mend, settings: {aggregation: ridge}}", "mend is malmen with aggregation: sum"),
         ("{method: identity, settings: {network: mlp}}", "identity is malmen with network: identity"),
+        ("{method: finetune, settings: {rank: 4}}", "settings: unknown setting 'rank'"),
+        ("{method: finetune, settings: {epoch: 4}}", "did you mean 'epochs'"),
+        ("{method: finetune, training: {steps: 4}}", "training: finetune needs no training"),
+        ("settings: {epochs: 4}", "unknown setting 'epochs'"),
         ("settings: {rank: 4, rank: 5}", "rank"),
         ("- method: mend", "a spec is a mapping with method, settings, training, facts"),
         ("", "holds no YAML document"),

@@ -33,7 +33,12 @@ def test_examples_are_the_facts_in_tokens(tiny_base: Base, make_facts: Callable[
     tokenizer = tiny_base.tokenizer
     found = encode_examples(tokenizer, facts, end_of_text=True)
     for one, fact in zip(found, facts, strict=True):
-        assert one.edit == encode(tokenizer, fact.prompt, fact.target, end_of_text=True)
+        assert one.edit == encode(tokenizer, fact.prompt, fact.target, end_of_text=True, subject=fact.subject)
+        assert fact.subject is not None
+        for prompt, wording in zip((fact.prompt, *fact.rephrases), one.wordings(), strict=True):
+            assert wording.subject is not None
+            assert tokenizer.decode(wording.ids[: wording.subject + 1]).endswith(fact.subject)
+            assert prompt.startswith(tokenizer.decode(wording.ids[: wording.subject + 1]))
         assert one.edit.answer[-1] == tokenizer.eos_token_id
         assert [r.answer for r in one.rephrases] == [one.edit.answer] * len(fact.rephrases)
         assert one.probes == tuple(encode_prompt(tokenizer, probe.prompt) for probe in fact.locality)

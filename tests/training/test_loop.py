@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,15 @@ import torch
 
 import malmen_cli.training.loop as loop_module
 from malmen_cli.artifact.editors import load_editor, save_editor
+from malmen_cli.edit import Ready, make_shift
+from malmen_cli.editing.capture import edit_rows
+from malmen_cli.editing.editor import Editor, Group, compact
+from malmen_cli.editing.methods.malmen import Captured, gather
+from malmen_cli.editing.shift import applied
 from malmen_cli.exceptions import NumericsError
 from malmen_cli.facts.fact import Fact
-from malmen_cli.training.facts import Example, encode_examples
-from malmen_cli.training.loop import BAD_STEPS, Best, Progress, Trainer, random_sample
+from malmen_cli.training.facts import Example, draw, encode_examples
+from malmen_cli.training.loop import BAD_STEPS, STEP_FACTORS, Best, Progress, Trainer, random_sample
 from malmen_cli.training.objective import MetaLoss, References
 from malmen_cli.training.validation import Validation
 
@@ -60,28 +67,39 @@ def scores(trainer: Trainer, examples: Sequence[Example]) -> dict[str, float]:
     }
 
 
-@pytest.mark.slow
-def test_training_beats_the_calibrated_network(town_trainer: MakeTrainer) -> None:
-    """T10: over the untrained network as it calibrates itself, ES rises by .08 and GS by .1 and LS is held, on facts it
-    trained on; on facts it never saw the score rises by .1 and LS is held.
+def at_steps(trainer: Trainer, examples: Sequence[Example], factors: Sequence[float]) -> list[dict[str, float]]:
+    """Scores with the steps of the trainer's network times each factor."""
+    found, log_lr = [], trainer.editor.groups[0].network.log_lr.data
+    kept = log_lr.clone()
+    for factor in factors:
+        log_lr.copy_(kept + math.log(factor))
+        found.append(scores(trainer, examples))
+    log_lr.copy_(kept)
+    return found
 
-    The untrained network stands where its own calibration puts it; training weighs locality more, and gains on all.
-    Measured: ES .78 -> .93, GS .40 -> .68, LS .72 -> .73; never seen: score .57 -> .69, LS .90 -> .90.
+
+@pytest.mark.slow
+def test_training_beats_the_untrained_network_at_any_step(town_trainer: MakeTrainer) -> None:
+    """T10: on facts it trained on and on facts it never saw the score is .1 above that of the untrained network at its
+    best step, and no step of the untrained network that holds as much locality comes within .15 of its GS.
+
+    At one step the two would be compared at different locality: the untrained network's GS can be bought with LS.
+    Measured, untrained as calibrated -> at its best step -> trained: seen score .14 -> .62 -> .78, unseen .18 -> .61 ->
+    .76; with the trained one's LS (.83, .87) the untrained reaches GS .15 and .27, the trained .60 and .57.
     """
-    untrained, trainer = town_trainer(), town_trainer(steps=300, locality_weight=12.0)
+    untrained, trainer = town_trainer(), town_trainer(steps=600, locality_weight=12.0)
     untrained.prepare()
     trainer.prepare()
-    seen, unseen = trainer.train[:60], trainer.valid
-    before, before_unseen = scores(untrained, seen), scores(untrained, unseen)
     trainer.run(quiet, lambda: None)
-    after, after_unseen = scores(trainer, seen), scores(trainer, unseen)
-    told = f"seen {before} -> {after}, unseen {before_unseen} -> {after_unseen}"
-    assert after["es"] >= before["es"] + 0.08, told
-    assert after["gs"] >= before["gs"] + 0.1, told
-    assert after["ls"] >= before["ls"], told
-    assert after_unseen["score"] >= before_unseen["score"] + 0.1, told
-    assert after_unseen["ls"] >= before_unseen["ls"], told
-    assert after_unseen["es"] >= before_unseen["es"] - 0.05, told
+    for examples in (trainer.train[:60], trainer.valid):
+        before = at_steps(untrained, examples, [2 ** (k / 2) for k in range(-1, 6)])
+        after = scores(trainer, examples)
+        told = f"{before} -> {after}"
+        assert after["score"] >= max(one["score"] for one in before) + 0.1, told
+        as_local = [one for one in before if one["ls"] >= after["ls"]]
+        assert as_local, told
+        assert after["gs"] >= max(one["gs"] for one in as_local) + 0.15, told
+        assert after["es"] >= max(one["es"] for one in as_local) - 0.05, told
 
 
 def test_the_base_is_bitwise_what_it_was(trainer: Trainer) -> None:
@@ -119,7 +137,7 @@ def test_the_best_is_kept_as_it_was(trainer: Trainer) -> None:
         trainer.editor.groups[0].network.log_lr.data.fill_(float(step))
         trainer._keep_best(Validation(score, score, score, score, score, score))
     assert (trainer.best.step, trainer.best.rank) == (3, pytest.approx((0.7, 0.7)))  # of equals the later
-    assert trainer.best.state["0.log_lr"].tolist() == [3.0]
+    assert trainer.best.state["0.log_lr"].tolist() == [[3.0] * 3]
 
 
 def test_validation_is_of_the_first_valid_facts(make_trainer: MakeTrainer, make_facts: MakeFacts) -> None:
@@ -147,7 +165,17 @@ def test_scales_learn_at_their_own_rate(trainer: Trainer) -> None:
             assert rates[id(parameter)] == expected
 
 
-@pytest.mark.parametrize("settings", [{"network": "identity"}, {"aggregation": "sum"}, {"preserved_rank": 0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"network": "identity"},
+        {"aggregation": "sum"},
+        {"preserved_rank": 0},
+        {"tokens": "answer"},
+        {"tokens": "all"},
+    ],
+    ids=str,
+)
 def test_relatives_train_too(make_trainer: MakeTrainer, make_facts: MakeFacts, settings: dict[str, Any]) -> None:
     """Identity learns its scales alone, MEND has no ridge, and the preserved keys may be left out."""
     facts = make_facts(20)
@@ -157,7 +185,218 @@ def test_relatives_train_too(make_trainer: MakeTrainer, make_facts: MakeFacts, s
     before = network.log_lr.clone()
     trainer.run(quiet, lambda: None)
     assert not torch.equal(network.log_lr, before)
-    assert (trainer.editor.groups[0].preserved.energies.shape[-1] == 0) == (settings != {"network": "identity"})
+    none = settings.get("aggregation") == "sum" or settings.get("preserved_rank") == 0
+    assert (trainer.editor.groups[0].preserved.energies.shape[-1] == 0) == none
+
+
+# ---------------------------------------------------------------- one edit in several passes
+
+VARIANTS = pytest.mark.parametrize("variant", [{}, {"aggregation": "sum"}, {"tokens": "all"}], ids=str)
+Pass = tuple[list[Captured], list[Any]]
+
+
+def relative(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((mine - theirs).norm() / theirs.norm())
+
+
+def stirred(trainer: Trainer) -> Trainer:
+    """With a network that is not the identity any more, as after some training."""
+    trainer.prepare()
+    generator = torch.Generator().manual_seed(5)
+    for name, tensor in trainer.editor.groups[0].network.named_parameters():
+        if not name.startswith("log_"):
+            tensor.data += 0.05 * torch.randn(tensor.shape, generator=generator)
+    return trainer
+
+
+@VARIANTS
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_training_step_s_edit_is_the_one_that_apply_makes(
+    make_trainer: MakeTrainer, make_facts: MakeFacts, variant: dict[str, Any], rounds: int
+) -> None:
+    """In as many passes. `apply` solves in fp64 and streams; training keeps rows, and solves in fp32."""
+    facts = make_facts(20)
+    trainer = stirred(make_trainer(facts[:16], facts[16:], settings=variant | {"rounds": rounds, "last_blocks": 2}))
+    shift, passes = trainer._edit([example.edit for example in trainer.train])
+    assert len(passes) == rounds
+    wanted = make_shift(trainer.runner.base, Ready(trainer.editor, "malmen"), facts[:16], batch_size=8)
+    for name, module in wanted.modules.items():
+        assert relative(shift.modules[name].matrix(), module.matrix()) <= 1e-4
+
+
+@VARIANTS
+def test_one_pass_is_the_plain_shift_of_the_captured_rows(
+    make_trainer: MakeTrainer, make_facts: MakeFacts, variant: dict[str, Any]
+) -> None:
+    facts = make_facts(20)
+    trainer = stirred(make_trainer(facts[:16], facts[16:], settings=variant | {"rounds": 1}))
+    edits, editor = [example.edit for example in trainer.train], trainer.editor
+    shift, ((captured, _),) = trainer._edit(edits)
+    parts = list(edit_rows(trainer.runner, edits, editor.names, 8, editor.settings.tokens))
+    rows = [gather(group, parts) for group in editor.groups]
+    assert torch.equal(captured[0].gradients, rows[0].gradients)
+    wanted, _ = trainer.method.joined(rows)
+    assert all(torch.equal(shift.modules[name].matrix(), wanted.modules[name].matrix()) for name in editor.names)
+
+
+def test_every_pass_captures_on_the_model_edited_so_far(make_trainer: MakeTrainer, make_facts: MakeFacts) -> None:
+    facts = make_facts(20)
+    trainer = stirred(make_trainer(facts[:16], facts[16:], settings={"rounds": 3, "last_blocks": 2}))
+    edits, editor = [example.edit for example in trainer.train], trainer.editor
+    shift, passes = trainer._edit(edits)
+    so_far = None
+    for captured, _ in passes:
+        with applied(trainer.runner.model, so_far) if so_far is not None else nullcontext():
+            parts = list(edit_rows(trainer.runner, edits, editor.names, 8, editor.settings.tokens))
+        rows = [gather(group, parts) for group in editor.groups]
+        assert torch.equal(rows[0].keys, captured[0].keys)
+        assert torch.equal(rows[0].gradients, captured[0].gradients)
+        more, _ = trainer.method.joined(rows)
+        so_far = more if so_far is None else so_far.plus(more)
+    assert so_far is not None
+    assert all(torch.equal(shift.modules[n].matrix(), so_far.modules[n].matrix()) for n in editor.names)
+    first, last = passes[0][0][0].gradients, passes[-1][0][0].gradients
+    assert float(last.norm()) < float(first.norm())  # what was learned asks for less
+
+
+def by_autograd(group: Group, captured: Captured, upstream: torch.Tensor, sums: bool) -> dict[str, torch.Tensor]:
+    """d <upstream, S(theta)> / d theta of one pass in fp64, the solve inside the graph and the rows held constant."""
+    network = copy.deepcopy(group.network).double()
+    keys, gradients = captured.keys.double(), captured.gradients.double()
+    if sums:
+        pseudo_keys, pseudo_gradients = network.features(keys, gradients, captured.roles)
+        shift = -pseudo_keys.mT @ (pseudo_gradients * network.steps(captured.roles))
+    else:
+        unit = torch.eye(group.dk, dtype=torch.float64).expand(len(group.names), -1, -1)
+        system = keys.mT @ keys + network.log_lambda.exp()[:, None, None] * unit
+        system = system + network.log_mu.exp()[:, None, None] * group.preserved.to(torch.float64).times(unit)
+        shift = torch.linalg.solve(system, keys.mT @ network.value_shifts(keys, gradients, captured.roles))
+    names, parameters = zip(*network.named_parameters(), strict=True)
+    found = torch.autograd.grad((upstream.double() * shift).sum(), parameters, allow_unused=True)
+    pairs = zip(names, parameters, found, strict=True)
+    return {name: torch.zeros_like(p) if g is None else g for name, p, g in pairs}
+
+
+def learned(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, step: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[Pass]]:
+    """Of one `_learn` with the first draw at `step`: parameter gradients, dL/dS, and what the passes captured."""
+    seen: dict[str, Any] = {}
+    edit, true = trainer._edit, loop_module.meta_loss
+
+    def keep_edit(edits: Any) -> Any:
+        seen["edit"] = edit(edits)
+        return seen["edit"]
+
+    def keep_loss(*arguments: Any, **options: Any) -> MetaLoss:
+        seen["loss"] = true(*arguments, **options)
+        return seen["loss"]
+
+    (group,) = trainer.editor.groups
+    kept = {name: tensor.clone() for name, tensor in group.network.state_dict().items()}
+    trainer.step = step
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "_edit", keep_edit)
+        patched.setattr(loop_module, "meta_loss", keep_loss)
+        loss, sane = trainer._learn(draw(trainer.cohorts, trainer.settings, trainer.seed, 0))
+    assert sane
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in group.network.named_parameters()}
+    group.network.load_state_dict(kept)  # the update undone, so that another step starts from the same network
+    return found, group.stack(loss.gradients), seen["edit"][1]
+
+
+def agree(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """To what fp32 leaves of a gradient through a solve, as for a single pull-back."""
+    assert found.keys() == wanted.keys()
+    assert sum(bool(tensor.any()) for tensor in wanted.values()) >= 6
+    for name, tensor in wanted.items():
+        assert float((found[name] - tensor).norm()) <= 1e-3 * float(tensor.norm()), name
+
+
+@VARIANTS
+def test_a_step_in_one_pass_has_the_gradient_of_that_pass(
+    make_trainer: MakeTrainer, make_facts: MakeFacts, monkeypatch: pytest.MonkeyPatch, variant: dict[str, Any]
+) -> None:
+    facts = make_facts(20)
+    trainer = stirred(make_trainer(facts[:16], facts[16:], settings=variant | {"rounds": 1}, clip=1e9))
+    (group,) = trainer.editor.groups
+    for step in (0, 1):
+        found, upstream, ((captured, _),) = learned(trainer, monkeypatch, step)
+        agree(found, by_autograd(group, captured[0], upstream, "aggregation" in variant))
+
+
+@VARIANTS
+def test_steps_in_two_passes_have_twice_the_gradient_of_one_pass_in_turn(
+    make_trainer: MakeTrainer, make_facts: MakeFacts, monkeypatch: pytest.MonkeyPatch, variant: dict[str, Any]
+) -> None:
+    """On average over two steps that is the gradient of <dL/dS, S1 + S2>, with the captured rows held constant."""
+    facts = make_facts(20)
+    trainer = stirred(make_trainer(facts[:16], facts[16:], settings=variant | {"rounds": 2}, clip=1e9))
+    (group,) = trainer.editor.groups
+    mean: dict[str, torch.Tensor] = {}
+    total: dict[str, torch.Tensor] = {}
+    for step in (2, 3):
+        found, upstream, passes = learned(trainer, monkeypatch, step)
+        each = [by_autograd(group, rows[0], upstream, "aggregation" in variant) for rows, _ in passes]
+        agree(found, {name: 2 * gradient for name, gradient in each[step % 2].items()})
+        # Ten times what `agree` lets pass: the two can be told apart.
+        assert any(relative(each[0][n], each[1][n]) > 1e-2 for n in found if each[1][n].any())
+        mean = {name: mean.get(name, 0) + gradient / 2 for name, gradient in found.items()}
+        total = {name: each[0][name] + each[1][name] for name in found}
+    agree(mean, total)
+
+
+# ---------------------------------------------------------------- the end of a training
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_finish_validates_exactly_what_is_saved(
+    make_trainer: MakeTrainer, make_facts: MakeFacts, tmp_path: Path, rounds: int
+) -> None:
+    """The best state with one factor on every step, its large tensors halved; read back, it has the same scores."""
+    facts = make_facts(30)
+
+    def make() -> Trainer:
+        return make_trainer(facts[:24], facts[24:], settings={"rounds": rounds})
+
+    trainer = unbroken(make)
+    best = {name: tensor.clone() for name, tensor in trainer.best.state.items()}
+    tensors, validation = trainer.finish()
+    assert same(trainer.best.state, best)
+    assert same(trainer.editor.state(), {name: tensor.float() for name, tensor in tensors.items()})
+    assert same({**tensors, "0.log_lr": best["0.log_lr"]}, compact(best))
+    factors = (tensors["0.log_lr"] - best["0.log_lr"]).exp()
+    assert any(torch.allclose(factors, torch.tensor(factor), rtol=1e-5) for factor in STEP_FACTORS)
+    save_editor(tmp_path / "editor", tensors, {}, force=False)
+    read, _ = load_editor(tmp_path / "editor")
+    assert same(read, tensors)
+    fresh = make()
+    fresh.editor.groups[:] = Editor.restored(fresh.runner.model, fresh.editor.settings, read).groups
+    assert fresh.validate() == validation
+
+
+@pytest.mark.parametrize("wanted", STEP_FACTORS)
+def test_finish_takes_the_best_factor_on_the_best_editor_s_steps(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, wanted: float
+) -> None:
+    """Not on those of the last step, which may have got worse."""
+    trainer.prepare()
+    trainer.run(quiet, lambda: None)
+    kept, network = trainer.best.state["0.log_lr"].clone(), trainer.editor.groups[0].network
+    network.log_lr.data.fill_(5.0)
+    tried: list[float] = []
+
+    def validated() -> Validation:
+        tried.append(float((trainer.editor.groups[0].network.log_lr - kept).detach().exp().mean()))
+        score = math.exp(-abs(math.log(tried[-1] / wanted)))
+        return Validation(*[score] * 6)
+
+    monkeypatch.setattr(trainer, "validate", validated)
+    tensors, validation = trainer.finish()
+    assert tried == pytest.approx(STEP_FACTORS, rel=1e-5)
+    assert validation.score == pytest.approx(1.0, rel=1e-5)
+    torch.testing.assert_close(tensors["0.log_lr"], kept + math.log(wanted))
+    assert trainer.method.editor is trainer.editor
 
 
 # ---------------------------------------------------------------- steps without a finite loss
@@ -256,7 +495,17 @@ def resumed(make: Callable[[], Trainer], folder: Path, step: int) -> Trainer:
 
 
 @pytest.mark.parametrize("step", [3, 4, 5])
-@pytest.mark.parametrize("settings", [{}, {"aggregation": "sum"}, {"network": "identity", "preserved_rank": 0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rounds": 1},
+        {"rounds": 3},
+        {"aggregation": "sum"},
+        {"aggregation": "sum", "rounds": 2},
+        {"network": "identity", "preserved_rank": 0},
+    ],
+    ids=str,
+)
 def test_killed_and_resumed_is_unbroken_bit_for_bit(
     make_trainer: MakeTrainer, make_facts: MakeFacts, tmp_path: Path, step: int, settings: dict[str, Any]
 ) -> None:

@@ -9,23 +9,28 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import malmen_cli.training.loop as loop_module
 import malmen_cli.training.session as session
-from malmen_cli.artifact.editors import load_editor
+from malmen_cli.artifact.editors import load_editor, save_editor
+from malmen_cli.base.families import block_index
 from malmen_cli.base.model import Base
+from malmen_cli.edit import find_ready
 from malmen_cli.editing.editor import Editor
+from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import MalmenSettings
 from malmen_cli.editing.spec import Spec
 from malmen_cli.exceptions import EditorError, OutputError
 from malmen_cli.facts.fact import Fact
 from malmen_cli.facts.files import facts_sha256
-from malmen_cli.training.loop import Progress
+from malmen_cli.training.facts import encode_examples
+from malmen_cli.training.loop import Progress, Trainer
 from malmen_cli.training.objective import MetaLoss
 from malmen_cli.training.session import Order, state_folder, train
 from malmen_cli.training.settings import TrainingSettings
@@ -40,7 +45,8 @@ TRAINING = TrainingSettings(
 @pytest.fixture
 def order(make_facts: Callable[..., list[Fact]]) -> Order:
     facts = make_facts(20)
-    return Order(Spec(settings=SETTINGS), TRAINING, facts[:16], facts[16:], batch_size=8)
+    sources = {"sources": ("/home/somebody/a.jsonl", "b.jsonl"), "valid_sources": ("../held/out.jsonl",)}
+    return Order(Spec(settings=SETTINGS), TRAINING, facts[:16], facts[16:], batch_size=8, **sources)
 
 
 def interrupt_at(step: int, how: Callable[[], None]) -> Callable[[Progress], None]:
@@ -75,12 +81,23 @@ def test_an_editor_folder_and_nothing_else(tiny_base: Base, order: Order, tmp_pa
     assert said["settings"]["rank"] == 4
     assert said["training"]["facts_per_step"] == [4, 8]
     assert said["training"]["dtype"] == "torch.float32"
-    assert said["facts"] == {"sha256": facts_sha256(order.train), "count": 16}
-    assert said["validation_facts"] == {"sha256": facts_sha256(order.valid), "count": 4}
+    facts = {"sha256": facts_sha256(order.train), "count": 16, "sources": ["a.jsonl", "b.jsonl"]}
+    assert said["facts"] == facts
+    assert said["validation_facts"] == {"sha256": facts_sha256(order.valid), "count": 4, "sources": ["out.jsonl"]}
     assert said["groups"][0]["modules"] == ["transformer.h.1.mlp.c_proj"]
     assert [at["step"] for at in said["scores"]["at"]] == [2, 4, 5]
     assert said["best_step"] in (2, 4, 5)
     assert said["calibration"]["step"] > 0
+
+
+def test_a_base_narrower_than_the_preserved_rank(tiny_base: Base, order: Order, tmp_path: Path) -> None:
+    """Every default but the network's rank: 256 preserved keys of 64 numbers are all there are."""
+    settings = MalmenSettings(rank=4)
+    train(tiny_base, replace(order, spec=Spec(settings=settings)), tmp_path / "editor")
+    tensors, said = load_editor(tmp_path / "editor")
+    assert tensors["0.preserved_basis"].shape == (1, 64, 64)
+    assert said["groups"][0]["modules"] == ["transformer.h.1.mlp.c_proj"]
+    Editor.restored(tiny_base.model, settings, tensors)
 
 
 def test_same_inputs_same_bytes(tiny_base: Base, order: Order, tmp_path: Path) -> None:
@@ -95,17 +112,67 @@ def test_the_best_editor_is_the_one_saved(
     scores = {2: 0.9, 4: 0.2, 5: 0.5}
 
     def validate(self: Any) -> Any:
-        found = loop_module.Validation(*[scores[self.step]] * 6)
-        kept.setdefault(self.step, self.editor.state()["0.log_lr"].clone())
-        return found
+        """By the editor that is validated: at the end it is the best again, whatever the step."""
+        log_lr = self.editor.state()["0.log_lr"]
+        known = [step for step, tensor in kept.items() if torch.equal(tensor, log_lr)]
+        step = known[0] if known else self.step
+        kept.setdefault(step, log_lr.clone())
+        return loop_module.Validation(*[scores[step]] * 6)
 
     kept: dict[int, Any] = {}
     monkeypatch.setattr(loop_module.Trainer, "validate", validate)
     trained = train(tiny_base, order, tmp_path / "editor")
     assert trained.description["best_step"] == 2
     assert trained.description["scores"]["score"] == pytest.approx(0.9)
+    assert set(trained.description["scores"]["saved"].values()) == {0.9}
     tensors, _ = load_editor(tmp_path / "editor")
     assert tensors["0.log_lr"].tolist() == kept[2].tolist() != kept[5].tolist()
+
+
+def test_the_scores_are_those_of_the_editor_as_saved(tiny_base: Base, order: Order, tmp_path: Path) -> None:
+    """Restored from its folder by somebody else, it validates to the very figures that editor.json gives."""
+    out = tmp_path / "editor"
+    train(tiny_base, order, out)
+    tensors, said = load_editor(out)
+    assert {name for name, tensor in tensors.items() if tensor.dtype == torch.bfloat16} == {
+        "0.down", "0.up", "0.preserved_basis",
+    }  # fmt: skip
+    editor = Editor.restored(tiny_base.model, SETTINGS, tensors)
+    runner = Runner(tiny_base, min(block_index(tiny_base.model, name) for name in editor.names))
+    parts = (encode_examples(tiny_base.tokenizer, facts, end_of_text=True) for facts in (order.train, order.valid))
+    found = Trainer(runner, editor, *parts, TRAINING, batch_size=order.batch_size).validate()
+    assert asdict(found) == said["scores"]["saved"]
+    assert found.score == said["scores"]["score"]
+
+
+def test_an_editor_saved_in_fp32_still_loads(tiny_base: Base, order: Order, tmp_path: Path) -> None:
+    """As editors were before their large tensors were halved: bit for bit what was saved."""
+    settings = replace(SETTINGS, preserved_rank=0)
+    state = Editor.fresh(tiny_base.model, settings, seed=3).state()
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    said = {"base": {"fingerprint": tiny_base.fingerprint}, "method": "malmen", "settings": asdict(settings)}
+    save_editor(tmp_path / "old", state, said, force=False)
+    ready = find_ready(tiny_base, Spec(), tmp_path / "old")
+    assert ready is not None
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ready.editor.state().items())
+
+
+def test_the_card_names_data_and_tensors_but_no_folder(tiny_base: Base, order: Order, tmp_path: Path) -> None:
+    out = tmp_path / "editor"
+    said = train(tiny_base, order, out).description
+    card = (out / "README.md").read_text(encoding="utf-8")
+    for told in (
+        f"- facts: 16 of a.jsonl, b.jsonl, sha256 {facts_sha256(order.train)}",
+        f"- validation facts: 4 of out.jsonl, sha256 {facts_sha256(order.valid)}",
+        f"- sha256 of editor.safetensors: {contents(out)['editor.safetensors']}",
+        f"es_greedy={json.dumps(said['scores']['saved']['es_greedy'])}",
+        "preserved_rank=8",
+        "steps=5",
+    ):
+        assert told in card
+    for place in ("somebody", "held", "..", str(tmp_path), str(tiny_base.folder)):
+        assert place not in card
+        assert place not in json.dumps({key: said[key] for key in ("facts", "validation_facts")})
 
 
 @pytest.mark.parametrize("name", ["editor", "a.b", "."])

@@ -6,21 +6,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
+from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings
 from malmen_cli.exceptions import SpecError
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a method's class is (`module:attribute`, imported when asked for), and its variant's settings."""
+    """Where a method's class is (`module:attribute`, imported when asked for), its variant's settings, their class."""
 
     target: str
     preset: Mapping[str, object] = field(default_factory=dict)
+    settings: type[MalmenSettings] | type[FinetuneSettings] = MalmenSettings
+
+    @property
+    def has_editor(self) -> bool:
+        """Whether it edits through an editor, trained or calibrated; else facts and settings are all it takes."""
+        return self.settings is MalmenSettings
 
 
 METHODS: dict[str, Entry] = {
     "malmen": Entry("malmen_cli.editing.methods.malmen:Malmen"),
     "mend": Entry("malmen_cli.editing.methods.malmen:Malmen", {"aggregation": "sum"}),
     "identity": Entry("malmen_cli.editing.methods.malmen:Malmen", {"network": "identity"}),
+    "finetune": Entry("malmen_cli.editing.methods.finetune:Finetune", settings=FinetuneSettings),
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from malmen_cli.base.prompts import Encoded
-from malmen_cli.editing.capture import Rows, edit_rows
+from malmen_cli.editing.capture import Rows, edit_rows, row_count
 from malmen_cli.editing.editor import Editor, Group
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.ridge import NormalEquations, Solution, refuse_singular, solve, solve_dual
@@ -24,11 +24,19 @@ CHUNK = 512  # rows that go through the hyper-network at once: enough for tall p
 
 @dataclass(frozen=True)
 class Captured:
-    """Stacked rows of one group: keys (m, n, dk), gradients (m, n, dv), owners (n,) index of each row's fact."""
+    """Stacked rows of one group: keys (m, n, dk), gradients (m, n, dv), owners (n,) index of each row's fact, and
+    roles (n,) of each row's token."""
 
     keys: Tensor
     gradients: Tensor
     owners: Tensor
+    roles: Tensor
+
+    def split(self, size: int) -> Iterator[Captured]:
+        """The rows, at most `size` at a time."""
+        for start in range(0, len(self.roles), size):
+            rows = slice(start, start + size)
+            yield Captured(self.keys[:, rows], self.gradients[:, rows], self.owners[rows], self.roles[rows])
 
 
 class Malmen:
@@ -46,16 +54,20 @@ class Malmen:
         fact_ids: Sequence[str],
         *,
         batch_size: int,
+        keep: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> Shift:
         """The one parameter shift that makes all `edits` at once, streamed over LM batches; in host memory.
 
         Up to dk rows the factors are exact and kept; beyond, only sums over rows are, so that memory does not
-        grow with the number of facts. progress: called with the number of facts done in each batch.
+        grow with the number of facts. keep: whether prefix states are worth keeping for another pass. progress: called
+        with the number of facts done in each batch.
         """
-        rows = sum(len(edit.positions) for edit in edits)
+        tokens = self.editor.settings.tokens
+        rows = row_count(edits, tokens)
         collectors = [_collector(self, group, rows) for group in self.editor.groups]
-        for chunk in _chunks(edit_rows(runner, edits, self.editor.names, batch_size), self.chunk):
+        rows_of = edit_rows(runner, edits, self.editor.names, batch_size, tokens, keep=keep)
+        for chunk in _chunks(rows_of, self.chunk):
             for collector in collectors:
                 collector.add(_captured(collector.group, chunk))
             if progress is not None:
@@ -79,15 +91,15 @@ class Malmen:
     @torch.no_grad()
     def value_shifts(self, group: Group, captured: Captured) -> Tensor:
         """V (m, n, dv) of captured rows, `chunk` rows at a time."""
-        parts = zip(captured.keys.split(self.chunk, 1), captured.gradients.split(self.chunk, 1), strict=True)
-        return torch.cat([group.network.value_shifts(keys, gradients) for keys, gradients in parts], 1)
+        parts = captured.split(self.chunk)
+        return torch.cat([group.network.value_shifts(p.keys, p.gradients, p.roles) for p in parts], 1)
 
     @torch.no_grad()
     def outer_factors(self, group: Group, captured: Captured) -> tuple[Tensor, Tensor]:
         """MEND's factors: left (m, dk, n) pseudo-keys, right (m, n, dv) scaled pseudo-gradients."""
-        parts = zip(captured.keys.split(self.chunk, 1), captured.gradients.split(self.chunk, 1), strict=True)
-        pairs = [group.network.features(keys, gradients) for keys, gradients in parts]
-        right = -group.network.log_lr.exp()[:, None, None] * torch.cat([g for _, g in pairs], 1)
+        parts = captured.split(self.chunk)
+        pairs = [group.network.features(part.keys, part.gradients, part.roles) for part in parts]
+        right = -group.network.steps(captured.roles) * torch.cat([g for _, g in pairs], 1)
         return torch.cat([k for k, _ in pairs], 1).mT, right
 
     def joined(self, captured: Sequence[Captured]) -> tuple[Shift, list[Solution | None]]:
@@ -120,17 +132,17 @@ class Malmen:
             _accumulate(network.log_lambda, by_lambda)
             _accumulate(network.log_mu, by_mu)
             by_value = by_value.to(captured.keys.dtype)
-        for start in range(0, captured.keys.shape[1], self.chunk):
-            rows = slice(start, start + self.chunk)
-            keys, gradients = captured.keys[:, rows], captured.gradients[:, rows]
+        done = 0
+        for part in captured.split(self.chunk):
             with torch.enable_grad():
                 if by_value is not None:
-                    loss = (by_value[:, rows] * network.value_shifts(keys, gradients)).sum()
+                    values = network.value_shifts(part.keys, part.gradients, part.roles)
+                    loss = (by_value[:, done : done + len(part.roles)] * values).sum()
                 else:
-                    pseudo_keys, pseudo_gradients = network.features(keys, gradients)
-                    step = -network.log_lr.exp()[:, None, None]
-                    loss = ((pseudo_keys @ gradient) * pseudo_gradients * step).sum()
+                    pseudo_keys, pseudo_gradients = network.features(part.keys, part.gradients, part.roles)
+                    loss = -((pseudo_keys @ gradient) * pseudo_gradients * network.steps(part.roles)).sum()
             loss.backward()
+            done += len(part.roles)
 
 
 def gather(group: Group, parts: Iterable[Rows]) -> Captured:
@@ -144,15 +156,24 @@ def _accumulate(parameter: torch.nn.Parameter, gradient: Tensor) -> None:
 
 
 def _captured(group: Group, parts: Sequence[Rows]) -> Captured:
-    keys = torch.cat([group.stack(part.keys) for part in parts], 1)
+    return _joined(
+        [Captured(group.stack(p.keys), group.stack(p.gradients), p.owners, p.roles) for p in parts],
+    )
+
+
+def _joined(parts: Sequence[Captured]) -> Captured:
     return Captured(
-        keys, torch.cat([group.stack(part.gradients) for part in parts], 1), torch.cat([part.owners for part in parts])
+        torch.cat([part.keys for part in parts], 1),
+        torch.cat([part.gradients for part in parts], 1),
+        torch.cat([part.owners for part in parts]),
+        torch.cat([part.roles for part in parts]),
     )
 
 
 def _in_fact_order(captured: Captured) -> Captured:
     order = captured.owners.argsort(stable=True)
-    return Captured(captured.keys[:, order], captured.gradients[:, order], captured.owners[order])
+    rows = captured.keys[:, order], captured.gradients[:, order]
+    return Captured(*rows, captured.owners[order], captured.roles[order])
 
 
 def _chunks(parts: Iterable[Rows], size: int) -> Iterator[list[Rows]]:
@@ -178,8 +199,7 @@ class _LowRank:
         self.parts.append(captured)
 
     def finish(self, layouts: dict[str, str]) -> tuple[dict[str, ModuleShift], Tensor, float]:
-        joined = (torch.cat([p.keys for p in self.parts], 1), torch.cat([p.gradients for p in self.parts], 1))
-        captured = _in_fact_order(Captured(*joined, torch.cat([p.owners for p in self.parts])))
+        captured = _in_fact_order(_joined(self.parts))
         residual = 0.0
         if self.method.editor.settings.aggregation == "sum":
             left, right = self.method.outer_factors(self.group, captured)
