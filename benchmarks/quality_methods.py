@@ -1,0 +1,63 @@
+"""The methods that quality.py compares: from an --editor option to an editor, from an editor and facts to a shift."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from malmen_cli.base.model import Base
+from malmen_cli.edit import Ready, Tuning, calibrated_identity, find_ready, make_shift
+from malmen_cli.editing.methods import method_entry
+from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings
+from malmen_cli.editing.shift import Shift
+from malmen_cli.editing.spec import FinetuneSpec, Spec, read_spec
+from malmen_cli.exceptions import EditorError
+from malmen_cli.facts.fact import Fact
+
+UNTRAINED = ("identity", "finetune")  # need no editor; `=FILE` is a spec with their settings
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to edit. `ready` is None where it depends on the facts; `source`: the folder or spec it was given by."""
+
+    name: str
+    settings: MalmenSettings | FinetuneSettings | None = None
+    ready: Ready | Tuning | None = None
+    source: str | None = None
+    training_seconds: float | None = None
+
+    def record(self) -> dict[str, Any]:
+        editor = self.ready.record() if isinstance(self.ready, Ready) else None
+        settings = asdict(self.settings) if self.settings is not None else None
+        return {"name": self.name, "settings": settings, "editor": editor, "source": self.source}
+
+
+def method_of(base: Base, option: str, seed: int, trained_in: Mapping[str, float]) -> Method:
+    """The method of one --editor option. Raises EditorError where there is no such editor, SpecError.
+
+    trained_in: seconds by method. An editor does not say itself, so that the same training has the same bytes.
+    """
+    name, _, where = option.partition("=")
+    method_entry(name)
+    place = Path(where) if where else None
+    source = place.name if place else None
+    if name in UNTRAINED:
+        spec = read_spec(place, method=name)
+        tuning = Tuning(spec.settings, seed) if isinstance(spec, FinetuneSpec) else None
+        return Method(name, spec.settings, tuning, source)
+    ready = find_ready(base, Spec(name, method_given=True), place)
+    if ready is None or ready.source is None:
+        raise EditorError(f"no {name} editor is installed or shipped for {base.name}; give one with {name}=DIR")
+    return Method(name, ready.settings, ready, source or "installed", trained_in.get(name))
+
+
+def shift_of(base: Base, method: Method, facts: Sequence[Fact], *, seed: int, batch_size: int) -> Shift:
+    """All facts as one shift by this method, as `malmen apply` would make it. The one place where methods differ."""
+    ready = method.ready
+    if ready is None:
+        assert isinstance(method.settings, MalmenSettings)
+        ready = calibrated_identity(base, facts, method.settings, seed=seed, batch_size=batch_size)
+    return make_shift(base, ready, facts, batch_size=batch_size)
