@@ -4,7 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test test-fast lint format docs bench clean
+# The facts that the shipped editor is trained and chosen on; see `make editor`.
+MALMEN_DATA ?= ../shared/data
+
+.PHONY: demo editor test test-fast lint format docs clean
 
 # What a user does next: plain transformers, in a process that knows nothing of malmen.
 define ASK
@@ -20,10 +23,25 @@ assert "malmen_cli" not in sys.modules
 endef
 export ASK
 
+# Where the package keeps the editor of the demonstration model.
+define SHIPPED
+from malmen_cli.artifact.editors import shipped
+from malmen_cli.base.locate import locate
+from malmen_cli.base.weights import fingerprint
+print(shipped(fingerprint(locate("smollm2-135m").folder)))
+endef
+export SHIPPED
+
 demo: $(VENV)/.demo
 	$(BIN)/malmen apply smollm2-135m edit_specs/corrections.yaml -o edited --force
 	@echo; echo "A fresh process with transformers alone says:"
 	@$(BIN)/python -c "$$ASK"
+
+# The editor that comes with malmen, trained again; on a CUDA device where there is one. Goes on where it was stopped.
+editor: $(VENV)/.demo
+	$(BIN)/malmen train-editor smollm2-135m $(MALMEN_DATA)/counterfact-train.jsonl $(MALMEN_DATA)/pararel-train.jsonl \
+	  --valid $(MALMEN_DATA)/counterfact-val.jsonl --spec edit_specs/smollm2-135m.yaml --no-install --resume --force \
+	  -o $$($(BIN)/python -c "$$SHIPPED")
 
 test: $(VENV)/.dev
 	$(BIN)/lint-imports
@@ -43,9 +61,6 @@ format: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/build_cli.py
-
-bench: $(VENV)/.dev
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf edited build dist *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
