@@ -54,9 +54,9 @@ class FinetuneSettings:
     """Fine-tuning of one matrix: LocFT-BF (Yang et al., arXiv 2509.22072), whose published runs take 25 epochs."""
 
     modules: tuple[str, ...] | None = None  # patterns that name one matrix; default: the second MLP matrix of `block`
-    block: int | None = None  # counted from 0; default: two thirds of the way up, see methods/finetune.py
+    block: int | None = None  # counted from 0; default: five sixths of the way up, see methods/finetune.py
     epochs: int = 25  # at most
-    batch_facts: int = 64  # facts behind one step of Adam
+    batch_facts: int = 16  # facts behind one step of Adam
     lr: float = 1e-3
     weight_decay: float = 0.0  # AdamW's, of the shift: it pulls the matrix back to the base's
     max_relative_norm: float | None = None  # of the shift to the matrix, Frobenius; default: unbounded

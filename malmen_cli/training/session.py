@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def describe(base: Base, order: Order, trainer: Trainer, saved: Validation) -> d
     return {
         "base": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint},
         "method": order.spec.method,
-        "settings": asdict(order.spec.settings),
+        "settings": asdict(replace(order.spec.settings, rounds=order.spec.settings.passes)),  # not a later default
         "training": asdict(order.training)
         | {"seed": order.seed, "batch_size": order.batch_size, "dtype": str(base.dtype)},
         "facts": _facts(order.train, order.sources),

@@ -436,7 +436,7 @@ def test_dry_run_of_fine_tuning_says_which_module(malmen: Malmen, tiny_gpt2: Pat
     assert (found["editor"], found["modules"]) == (None, {MODULES[1]: [64, 32]})
     for said in (
         "would edit 1 module of",
-        "fine-tuning, at most 25 epochs in batches of 64 facts",
+        "fine-tuning, at most 25 epochs in batches of 16 facts",
         MODULES[1],
         "dense",
     ):

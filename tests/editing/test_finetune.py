@@ -244,8 +244,8 @@ def test_weight_decay_pulls_the_shift_to_nothing(load: Load, facts: Facts) -> No
     [
         ("gpt2", 2, {}, "transformer.h.1.mlp.c_proj"),
         ("gpt2", 2, {"block": 0}, "transformer.h.0.mlp.c_proj"),
-        ("llama", 6, {}, "model.layers.4.mlp.down_proj"),
-        ("llama", 6, {"block": 5}, "model.layers.5.mlp.down_proj"),
+        ("llama", 6, {}, "model.layers.5.mlp.down_proj"),
+        ("llama", 6, {"block": 4}, "model.layers.4.mlp.down_proj"),
         ("llama", 1, {}, "model.layers.0.mlp.down_proj"),
         ("llama", 6, {"modules": ("*.3.mlp.up_proj",)}, "model.layers.3.mlp.up_proj"),
     ],
