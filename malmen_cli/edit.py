@@ -33,7 +33,7 @@ from malmen_cli.training.objective import References, sampled_texts
 
 CALIBRATION_FACTS = 1024  # of the given facts, edited at once while an identity network's step is searched
 JUDGED_FACTS = 64  # of those, whose wordings and locality probes decide
-IDENTITY_LOCALITY_WEIGHT = 3.0  # as in training: the score is a harmonic mean, what moved costs more
+IDENTITY_LOCALITY_WEIGHT = 3.0  # the score is a harmonic mean: what moved costs more than what was not learned
 CONTINUATION = 6  # tokens of the base's own text after a locality prompt that calibration tries to keep
 
 

@@ -17,7 +17,7 @@ from malmen_cli.editing.settings import MalmenSettings
 from malmen_cli.editing.shift import weight_layout
 from malmen_cli.exceptions import EditorError, NumericsError
 
-HALVED = ("down", "up", "preserved_basis")  # nearly all of an editor; half the digits change no score
+HALVED = ("down", "up", "preserved_basis")  # nearly all of an editor; half the digits cost less than noise
 
 
 @dataclass

@@ -118,7 +118,7 @@ class HyperNetwork(nn.Module):
     def value_shifts(self, keys: Tensor, gradients: Tensor, roles: Tensor) -> Tensor:
         """`d_j = -lr (k_j . k~_j) g~_j`, (m, n, dv).
 
-        `k . k~` grows with the square of a key and `g~` with the loss; a few tokens have keys a hundred times the
+        `k . k~` grows with the square of a key and `g~` with the loss; a few tokens have keys forty times the
         others'. The norm of `d / lr` is bounded by `limit` (m, roles), so that no row outweighs all others.
         """
         pseudo_keys, pseudo_gradients = self.features(keys, gradients, roles)

@@ -71,8 +71,9 @@ def calibrate(
     batch_size: int,
     note: Callable[[str], None] = lambda text: None,
 ) -> Calibration:
-    """Freeze the normaliser on `edits`, set lambda and mu to their spec values, and search the step.
+    """Freeze the normaliser on `edits`, set lambda and mu to their spec values, and search the best single step.
 
+    An editor of several passes takes SHARE of that step, divided by their number, in each; of one pass, all of it.
     Raises NumericsError when no step gives a finite meta-loss.
     """
     parts = list(edit_rows(runner, edits, editor.names, batch_size, editor.settings.tokens, keep=True))
