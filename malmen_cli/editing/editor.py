@@ -34,9 +34,12 @@ class Group:
         """(m, n, *) from per-module (n, *)."""
         return torch.stack([by_name[name] for name in self.names])
 
-    def penalty(self, dtype: torch.dtype = torch.float32) -> Penalty:
-        """The ridge penalty with the group's learned lambda and mu."""
-        lam, mu = self.network.log_lambda.detach().exp(), self.network.log_mu.detach().exp()
+    def penalty(self, rows: int, dtype: torch.dtype = torch.float32) -> Penalty:
+        """The ridge penalty of a problem with so many rows, by the group's learned lambda and mu.
+
+        mu is learned per row: what pulls at the weights grows with the rows, so what holds them has to grow too.
+        """
+        lam, mu = self.network.log_lambda.detach().exp(), self.network.log_mu.detach().exp() * rows
         return Penalty(lam, mu, self.preserved).to(dtype)
 
 

@@ -51,8 +51,8 @@ class HyperNetwork(nn.Module):
     """Value shifts of m modules of one shape from their keys and value gradients.
 
     rank: of each block; blocks: 0 gives the identity network. Learned besides the blocks: log step `log_lr` per
-    module and role, `log_lambda` and `log_mu` per module. The normaliser (mean, std) is a buffer, frozen after
-    calibration.
+    module and role, `log_lambda` and, for every edited row, `log_mu` per module. The normaliser (mean, std) is a
+    buffer, frozen after calibration.
     """
 
     mean: Tensor

@@ -33,7 +33,7 @@ class MalmenSettings:
     end_of_text: bool = True  # append end-of-text to targets, so that greedy answers stop
     ridge_lambda: float = 1.0  # in units of the keys' mean square entry
     preserved_rank: int = 256  # of C0; 0 leaves the preserved-key term out
-    preserved_weight: float = 100.0  # mu at the start, in pseudo-facts
+    preserved_weight: float = 0.1  # mu at the start, for every edited row
 
     @property
     def passes(self) -> int:

@@ -98,14 +98,15 @@ def test_an_editor_tells_apart_the_roles_of_its_tokens(load: Callable, tokens: s
             Editor.restored(model, MalmenSettings(rank=3, last_blocks=2, tokens=other), editor.state())
 
 
-def test_the_penalty_is_the_exponential_of_what_is_learned(make_editor: Callable) -> None:
+@pytest.mark.parametrize("rows", [1, 70])
+def test_the_penalty_is_the_exponential_of_what_is_learned(make_editor: Callable, rows: int) -> None:
     editor, _ = make_editor("gpt2")
     (group,) = editor.groups
-    penalty = group.penalty(torch.float64)
+    penalty = group.penalty(rows, torch.float64)
     assert penalty.lam.dtype == penalty.preserved.basis.dtype == torch.float64
     assert not penalty.lam.requires_grad
     torch.testing.assert_close(penalty.lam, group.network.log_lambda.detach().exp().double())
-    torch.testing.assert_close(penalty.mu, group.network.log_mu.detach().exp().double())
+    torch.testing.assert_close(penalty.mu, rows * group.network.log_mu.detach().exp().double())
 
 
 # ---------------------------------------------------------------- as it is saved

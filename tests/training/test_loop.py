@@ -269,7 +269,8 @@ def by_autograd(group: Group, captured: Captured, upstream: torch.Tensor, sums: 
     else:
         unit = torch.eye(group.dk, dtype=torch.float64).expand(len(group.names), -1, -1)
         system = keys.mT @ keys + network.log_lambda.exp()[:, None, None] * unit
-        system = system + network.log_mu.exp()[:, None, None] * group.preserved.to(torch.float64).times(unit)
+        mu = keys.shape[1] * network.log_mu.exp()
+        system = system + mu[:, None, None] * group.preserved.to(torch.float64).times(unit)
         shift = torch.linalg.solve(system, keys.mT @ network.value_shifts(keys, gradients, captured.roles))
     names, parameters = zip(*network.named_parameters(), strict=True)
     found = torch.autograd.grad((upstream.double() * shift).sum(), parameters, allow_unused=True)

@@ -112,7 +112,7 @@ class Malmen:
                 matrices = left @ right
                 solutions.append(None)
             else:
-                solution = solve(rows.keys, self.value_shifts(group, rows), group.penalty())
+                solution = solve(rows.keys, self.value_shifts(group, rows), group.penalty(len(rows.roles)))
                 matrices = solution.matrix().float()
                 solutions.append(solution)
             layouts = self.editor.layouts
@@ -206,7 +206,8 @@ class _LowRank:
         else:
             values = self.method.value_shifts(self.group, captured)
             dtype = self.method.dtype
-            solution = solve_dual(captured.keys.to(dtype), values.to(dtype), self.group.penalty(dtype))
+            penalty = self.group.penalty(len(captured.roles), dtype)
+            solution = solve_dual(captured.keys.to(dtype), values.to(dtype), penalty)
             assert solution.left is not None and solution.right is not None
             left, right, residual = solution.left, solution.right, solution.residual
         left, right = left.float().cpu(), right.float().cpu()
@@ -220,9 +221,9 @@ class _LowRank:
 class _Streamed:
     """Keeps only the normal equations' sums over rows."""
 
-    def __init__(self, method: Malmen, group: Group) -> None:
+    def __init__(self, method: Malmen, group: Group, rows: int) -> None:
         self.method, self.group = method, group
-        self.equations = NormalEquations(group.penalty(method.dtype), group.dk, group.dv)
+        self.equations = NormalEquations(group.penalty(rows, method.dtype), group.dk, group.dv)
 
     def add(self, captured: Captured) -> None:
         self.equations.add(captured.keys, self.method.value_shifts(self.group, captured))
@@ -258,4 +259,4 @@ def _dense(group: Group, layouts: dict[str, str], matrices: Tensor) -> dict[str,
 def _collector(method: Malmen, group: Group, rows: int) -> _LowRank | _Streamed | _Summed:
     if rows <= group.dk:
         return _LowRank(method, group)
-    return _Summed(method, group) if method.editor.settings.aggregation == "sum" else _Streamed(method, group)
+    return _Summed(method, group) if method.editor.settings.aggregation == "sum" else _Streamed(method, group, rows)
