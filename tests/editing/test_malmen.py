@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -118,6 +119,19 @@ def test_the_order_of_facts_does_not_matter(
     if wanted.row_facts:
         tokens = editor.settings.tokens
         assert found.row_facts == tuple(f"fact-{i}" for i in order for _ in places(edits[i], tokens))
+
+
+@pytest.mark.parametrize("options", FORMS)
+def test_the_guard_grows_with_the_facts(make_editor: Callable, facts: Callable, options: dict) -> None:
+    """2K'K + lambda I + 2n mu C0 is twice the system of half the lambda: preserved keys hold as well as before."""
+    editor, runner = make_editor("gpt2", **options)
+    edits = facts(runner.base.tokenizer, 5)
+    once = Malmen(editor).shift(runner, edits, ids(5), batch_size=4)
+    with torch.no_grad():
+        for group in editor.groups:
+            group.network.log_lambda += math.log(2)
+    twice = Malmen(editor).shift(runner, edits + edits, ids(10), batch_size=4)
+    assert difference(twice, once) <= 1e-5
 
 
 @pytest.mark.parametrize("tokens", sorted(ROLES))
