@@ -63,6 +63,15 @@ class Best:
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Finished:
+    """The best editor as it is saved, the factor chosen for its steps, and the validation of exactly that."""
+
+    state: dict[str, Tensor]
+    step_factor: float
+    validation: Validation
+
+
 class Trainer:
     """Trains one editor on one base. Build it, `prepare()` or `restore()` it, then `run()`."""
 
@@ -150,8 +159,8 @@ class Trainer:
             end = self.editor.settings.end_of_text and ends
             return validate(self.runner, self.valid, references, self.batch_size, end_of_text=end)
 
-    def finish(self) -> tuple[dict[str, Tensor], Validation]:
-        """The best editor as it is saved, and the validation of exactly that; the trainer goes on from it.
+    def finish(self, note: Callable[[str], None] = lambda text: None) -> Finished:
+        """The best editor as it is saved; the trainer goes on from it.
 
         The meta-loss weighs locality in nats, the score in shares of answers: where on the curve between learning and
         keeping the score is best is found at the end, by one factor on every step.
@@ -167,9 +176,10 @@ class Trainer:
         for factor in STEP_FACTORS:
             scale(factor)
             found[factor] = self.validate()
+            note(f"steps times {factor:g}: {found[factor]}")
         best = max(found, key=lambda factor: found[factor].rank)
         scale(best)
-        return compact(self.editor.state()), found[best]
+        return Finished(compact(self.editor.state()), best, found[best])
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything `restore` needs: tensors, and plain data."""

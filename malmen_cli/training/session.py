@@ -27,9 +27,8 @@ from malmen_cli.facts.fact import Fact
 from malmen_cli.facts.files import facts_sha256
 from malmen_cli.training.calibration import Calibration
 from malmen_cli.training.facts import encode_examples
-from malmen_cli.training.loop import Progress, Trainer
+from malmen_cli.training.loop import Finished, Progress, Trainer
 from malmen_cli.training.settings import TrainingSettings
-from malmen_cli.training.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -121,15 +120,16 @@ def train(
                 raise
 
         trainer.run(step_done, save)
-    state, saved = trainer.finish()
-    description = describe(base, order, trainer, saved)
-    save_editor(out, state, description, force=force or resuming or replace)
+    note(f"the best editor is that of step {trainer.best.step}")
+    finished = trainer.finish(note)
+    description = describe(base, order, trainer, finished)
+    save_editor(out, finished.state, description, force=force or resuming or replace)
     shutil.rmtree(kept, ignore_errors=True)
     return Trained(out, description)
 
 
-def describe(base: Base, order: Order, trainer: Trainer, saved: Validation) -> dict[str, Any]:
-    """`editor.json`: what the editor is for, how it was made, and how it scored. saved: the scores as it is saved."""
+def describe(base: Base, order: Order, trainer: Trainer, finished: Finished) -> dict[str, Any]:
+    """`editor.json`: what the editor is for, how it was made, and how it scored."""
     judged_on = order.valid[: order.training.valid_facts]
     scores = [_plain(p) for p in trainer.history if p.validation is not None]
     for score in scores:
@@ -144,7 +144,12 @@ def describe(base: Base, order: Order, trainer: Trainer, saved: Validation) -> d
         "validation_facts": _facts(judged_on, order.valid_sources),
         "calibration": _plain(trainer.calibration),
         "best_step": trainer.best.step,
-        "scores": {"score": saved.score, "saved": asdict(saved), "at": scores},
+        "scores": {
+            "score": finished.validation.score,
+            "saved": asdict(finished.validation),
+            "step_factor": finished.step_factor,
+            "at": scores,
+        },
         "groups": trainer.editor.description()["groups"],
         "malmen": __version__,
     }

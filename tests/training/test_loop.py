@@ -362,12 +362,13 @@ def test_finish_validates_exactly_what_is_saved(
 
     trainer = unbroken(make)
     best = {name: tensor.clone() for name, tensor in trainer.best.state.items()}
-    tensors, validation = trainer.finish()
+    finished = trainer.finish()
+    tensors, validation = finished.state, finished.validation
     assert same(trainer.best.state, best)
     assert same(trainer.editor.state(), {name: tensor.float() for name, tensor in tensors.items()})
     assert same({**tensors, "0.log_lr": best["0.log_lr"]}, compact(best))
-    factors = (tensors["0.log_lr"] - best["0.log_lr"]).exp()
-    assert any(torch.allclose(factors, torch.tensor(factor), rtol=1e-5) for factor in STEP_FACTORS)
+    assert finished.step_factor in STEP_FACTORS
+    torch.testing.assert_close(tensors["0.log_lr"], best["0.log_lr"] + math.log(finished.step_factor))
     save_editor(tmp_path / "editor", tensors, {}, force=False)
     read, _ = load_editor(tmp_path / "editor")
     assert same(read, tensors)
@@ -393,7 +394,11 @@ def test_finish_takes_the_best_factor_on_the_best_editor_s_steps(
         return Validation(*[score] * 6)
 
     monkeypatch.setattr(trainer, "validate", validated)
-    tensors, validation = trainer.finish()
+    said: list[str] = []
+    finished = trainer.finish(said.append)
+    tensors, validation = finished.state, finished.validation
+    assert finished.step_factor == wanted
+    assert [line.split(":")[0] for line in said] == [f"steps times {factor:g}" for factor in STEP_FACTORS]
     assert tried == pytest.approx(STEP_FACTORS, rel=1e-5)
     assert validation.score == pytest.approx(1.0, rel=1e-5)
     torch.testing.assert_close(tensors["0.log_lr"], kept + math.log(wanted))
