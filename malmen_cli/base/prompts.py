@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,12 +86,11 @@ def encode(
 def subject_end(tokenizer: Any, prompt: str, subject: str, ids: tuple[int, ...]) -> int | None:
     """Index in `ids`, the prompt's tokens, of the token that ends the subject's last mention; None where there is none.
 
-    Letter case does not matter, as a subject may open a sentence.
+    Letter case does not matter, as a subject may open a sentence. A mention inside a word counts if there is no other.
     """
-    start = _lowered(prompt).rfind(_lowered(subject.strip())) if subject.strip() else -1
-    if start < 0:
+    end = _mention_end(_lowered(prompt), _lowered(subject.strip()))
+    if end is None:
         return None
-    end = start + len(subject.strip())
     if getattr(tokenizer, "is_fast", False):
         spans = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"][: len(ids)]
         # The last: the tokens of one character's bytes all have that character's span.
@@ -125,6 +125,15 @@ def _continuation(tokenizer: Any, text: str, tail: str, head: tuple[int, ...]) -
         if whole[: len(ids)] == ids and len(whole) > len(ids):
             return whole[len(ids) :]
     return tuple(tokenizer(tail, add_special_tokens=False)["input_ids"])
+
+
+def _mention_end(prompt: str, subject: str) -> int | None:
+    """Where the last mention of the subject as words of its own ends, else the last of any, else None."""
+    if not subject or subject not in prompt:
+        return None
+    whole = rf"(?<!\w)(?={re.escape(subject)}(?!\w))"  # looked ahead for, since mentions may overlap
+    starts = [match.start() for match in re.finditer(whole, prompt)] or [prompt.rfind(subject)]
+    return starts[-1] + len(subject)
 
 
 def _lowered(text: str) -> str:

@@ -244,6 +244,11 @@ SUBJECTS = [
     ("Japan is where? The capital of Japan, says Japan's king, is", "Japan", 48),
     ("Which city is the capital of France?", "France", 35),
     ("Snow is white, and Snow", "Snow", 23),
+    ("Snow Snow Snow is", "Snow Snow", 14),
+    ("The art of Bart is an art, says Bart", "art", 25),  # not inside a name
+    ("Where is Peru: in Peruvia?", "Peru", 13),
+    ("What are Perus called?", "Peru", 13),  # inside a word where there is no other
+    ("Is Mr. of Mr.Peru?", "Mr.", 6),
     ("The capital of Japan is", "Japan ", 20),
     ("The capital of Japan is", " \tJapan\n", 20),
     ("La capitale du Pérou est", "PÉROU", 20),
