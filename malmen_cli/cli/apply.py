@@ -119,7 +119,7 @@ def apply(
         return
     ready = _ready(console, loaded, settings, read.facts, editor, seed, batch_size)
     shift = _shift(console, loaded, ready, read.facts, batch_size)
-    report = _score(console, loaded, shift, read.facts[:score], batch_size, seed)
+    report = _score(console, loaded, ready, shift, read.facts[:score], batch_size, seed)
     document = _write(console, loaded, ready, shift, read, out, format, force, seed)
     seconds = time.monotonic() - started
     scores = report.to_json(model=str(out), base=base, seconds=seconds) if report else None
@@ -195,9 +195,16 @@ def _shift(console: Console, base: Base, ready: Ready | Tuning, facts: Sequence[
 
 
 def _score(
-    console: Console, base: Base, shift: Shift, facts: Sequence[Fact], batch_size: int, seed: int
+    console: Console,
+    base: Base,
+    ready: Ready | Tuning,
+    shift: Shift,
+    facts: Sequence[Fact],
+    batch_size: int,
+    seed: int,
 ) -> Report | None:
     """The same questions to the base and to the edited model, which are one model in memory."""
+    from malmen_cli.edit import Ready
     from malmen_cli.editing.shift import applied
     from malmen_cli.scoring.protocols import collect
     from malmen_cli.scoring.report import summarise, table
@@ -211,7 +218,7 @@ def _score(
     report = summarise(facts, before, after, seed=seed)
     show.answers(console, report)
     console.table(table(report))
-    show.moved(console, base, report)
+    show.moved(console, base, report, trained=isinstance(ready, Ready) and ready.source is not None)
     return report
 
 

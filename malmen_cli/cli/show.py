@@ -28,14 +28,13 @@ def answers(console: Console, report: Report) -> None:
     console.table(rows)
 
 
-def moved(console: Console, base: Base, report: Report) -> None:
-    """What to do where much else moved."""
+def moved(console: Console, base: Base, report: Report, *, trained: bool) -> None:
+    """What to do where much else moved. trained: whether a trained editor made the shift."""
     kept = report.after.figures["ls.teacher_forced"]
     if kept is not None and kept < LOCALITY_WARNING:
-        console.note(
-            f"other answers moved a lot (LS {kept:.2f}, teacher_forced): train an editor (malmen train-editor "
-            f"{base.name} FACTS), or add locality probes to the facts"
-        )
+        untrained = f"train an editor (malmen train-editor {base.name} FACTS), or add locality probes to the facts"
+        advice = "edit fewer facts at once, or a larger base" if trained else untrained
+        console.note(f"other answers moved a lot (LS {kept:.2f}, teacher_forced): {advice}")
 
 
 def modules(console: Console, written: dict[str, Any]) -> None:

@@ -298,7 +298,13 @@ def test_progress_of_one_pass_needs_no_words(malmen: Malmen, tiny_gpt2: Path, sm
 
 @pytest.mark.parametrize(("kept", "warned"), [(0.49, True), (0.5, False), (None, False)])
 def test_other_answers_that_moved_a_lot_are_said(
-    malmen: Malmen, tiny_gpt2: Path, small: Path, monkeypatch: pytest.MonkeyPatch, kept: float | None, warned: bool
+    malmen: Malmen,
+    tiny_gpt2: Path,
+    small: Path,
+    editor: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    kept: float | None,
+    warned: bool,
 ) -> None:
     """By teacher-forced LS; None: no fact has locality probes."""
     summarise = report_module.summarise
@@ -309,12 +315,21 @@ def test_other_answers_that_moved_a_lot_are_said(
         return replace(report, after=replace(report.after, figures=figures))
 
     monkeypatch.setattr(report_module, "summarise", moved)
-    said = [line for line in malmen(tiny_gpt2, "--spec", small).stderr.splitlines() if "moved a lot" in line]
-    assert len(said) == warned
-    for line in said:
+
+    def said(*options: object) -> list[str]:
+        lines = malmen(tiny_gpt2, "--force", *options).stderr.splitlines()
+        return [line for line in lines if "moved a lot" in line]
+
+    untrained, trained = said("--spec", small), said("--editor", editor())
+    assert len(untrained) == len(trained) == warned
+    for line in untrained + trained:
         assert "LS 0.49, teacher_forced" in line
+    for line in untrained:
         assert f"malmen train-editor {tiny_gpt2} FACTS" in line
         assert "locality probes" in line
+    for line in trained:  # who has an editor needs no advice to train one
+        assert "train-editor" not in line
+        assert "edit fewer facts at once" in line
 
 
 def test_standard_input(malmen: Malmen, tiny_gpt2: Path, facts_file: Path, tmp_path: Path, small: Path) -> None:
