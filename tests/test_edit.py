@@ -302,17 +302,18 @@ def test_the_order_of_facts_changes_the_rounding_alone(base: Base, rounds: int, 
     """In proportion to the shift, since a row's rounding is: a longer step or a further pass makes both larger.
 
     fp32 rounds to 6e-8, and which facts share a batch moves that by a few units, which later passes capture again:
-    measured 3e-7 to 6e-7. In fp64 batches make no difference, and what is left is the shift's own fp32: 1e-7 to 3e-7.
+    measured 3e-7 to 6e-7. In fp64 batches make no difference, and what is left is the shift's own fp32, captured again
+    in every pass: 1e-7 to 3e-7 on one processor, up to 1.2e-6 on another.
     """
     facts = some_facts(6)
     ready = with_rounds(calibrated_identity(base, facts, SETTINGS, seed=0, batch_size=4), rounds)
     ready.editor.groups[0].network.log_lr.data.add_(math.log(step))
     exact = replace(base, model=copy.deepcopy(base.model).double())
-    for model, tolerance in ((base, 2e-6), (exact, 1e-6)):
+    for model in (base, exact):
         shift, again = (make_shift(model, ready, some, batch_size=4) for some in (facts, facts[::-1]))
-        assert difference(again, shift) <= tolerance
+        assert difference(again, shift) <= 2e-6
     alone = make_shift(exact, ready, facts, batch_size=1)
-    assert difference(alone, shift) <= 1e-6
+    assert difference(alone, shift) <= 2e-6
 
 
 @pytest.mark.parametrize("settings", [{}, {"tokens": "answer"}, {"tokens": "all"}], ids=str)
