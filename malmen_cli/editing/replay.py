@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,8 @@ from malmen_cli.base.prompts import Encoded
 CACHE_BYTES = 2 << 30  # kept block inputs, beyond which the least recently used are dropped and recomputed
 # Largest logit difference to a full forward, relative to the largest logit (2e-2 in half precision).
 REPLAY_TOLERANCE = 1e-3
+
+Behind = tuple[int, Callable[[Tensor], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -92,16 +94,20 @@ class Runner:
         company = tuple({s.ids: s for s in sequences if s.ids not in self._company}.values())
         self._company |= {member.ids: company for member in company}
 
-    def logits(self, sequences: Sequence[Encoded], *, keep: bool = True) -> tuple[Tensor, Batch]:
+    def logits(
+        self, sequences: Sequence[Encoded], *, keep: bool = True, behind: Behind | None = None
+    ) -> tuple[Tensor, Batch]:
         """Logits (n, vocabulary) at the answer positions of a batch, and the batch.
 
-        keep: whether the prefix states of these sequences are worth keeping for a later run.
+        keep: whether the prefix states of these sequences are worth keeping for a later run. behind: the number of a
+        block, `first` or a later one, and a function from the hidden states (B, T, width) that it hands on to those
+        that it should.
         """
         batch = make_batch(sequences, self.base.device)
         if not self.replaying:
-            return self.full_logits(batch), batch
+            return self._forward(batch, range(len(self.blocks)), None, behind=behind), batch
         prefix = self._prefix(sequences, batch, keep)
-        return self._forward(batch, range(self.first, len(self.blocks)), prefix), batch
+        return self._forward(batch, range(self.first, len(self.blocks)), prefix, behind=behind), batch
 
     def full_logits(self, batch: Batch) -> Tensor:
         """Logits at the batch's positions by the model's plain forward over every block."""
@@ -169,7 +175,15 @@ class Runner:
         while self._free < 0 and len(self._states) > 1:
             self._free += self._states.popitem(last=False)[1].nbytes
 
-    def _forward(self, batch: Batch, active: range, states: Tensor | None, heads: Tensor | None = None) -> Tensor:
+    def _forward(
+        self,
+        batch: Batch,
+        active: range,
+        states: Tensor | None,
+        *,
+        heads: Tensor | None = None,
+        behind: Behind | None = None,
+    ) -> Tensor:
         """The model's own forward: only the `active` blocks compute, and the head only at the batch's positions."""
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks):
@@ -180,6 +194,9 @@ class Runner:
                     partial(_swap_input, states), with_kwargs=True
                 )
                 stack.callback(hook.remove)
+            if behind is not None:
+                place, change = behind
+                stack.callback(self.blocks[place].register_forward_hook(partial(_change_output, change)).remove)
             gather = stack.enter_context(logits_at(self.model, batch.rows, batch.columns, states=heads))
             options: dict[str, Any] = {"use_cache": False, "attention_mask": batch.mask}
             if self._takes_positions:
@@ -215,6 +232,10 @@ def _swap_input(states: Tensor, module: nn.Module, args: Any, kwargs: dict[str, 
     if args:
         return (states, *args[1:]), kwargs
     return args, kwargs | {"hidden_states": states}
+
+
+def _change_output(change: Callable[[Tensor], Tensor], module: nn.Module, args: Any, output: Any) -> Any:
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
 
 @contextmanager

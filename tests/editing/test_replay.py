@@ -154,6 +154,39 @@ def test_replay_from_any_block(load: Callable, first: int) -> None:
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_block_hands_on_can_be_changed(load: Callable, family: str, first: int) -> None:
+    """As a change of the next block's input would; the prefix runs past the block, unchanged, and is kept so."""
+    base = load(family, layers=4)
+    runner = Runner(base, first)
+    assert runner.replaying == (first > 0)
+    seen: list[torch.Tensor] = []
+
+    def change(states: torch.Tensor) -> torch.Tensor:
+        seen.append(states)
+        return states * 1.5 + 0.1
+
+    def before(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple:
+        if args:
+            return (args[0] * 1.5 + 0.1, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": kwargs["hidden_states"] * 1.5 + 0.1}
+
+    plain = Runner(base)
+    with torch.no_grad():
+        untouched = runner.logits(SEQUENCES)[0]
+        changed, batch = runner.logits(SEQUENCES, behind=(2, change))
+        again = runner.logits(SEQUENCES)[0]
+        handle = plain.blocks[3].register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            wanted = plain.logits(SEQUENCES)[0]
+        finally:
+            handle.remove()
+    torch.testing.assert_close(changed, wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(untouched, again)
+    assert [states.shape[:2] for states in seen] == [batch.ids.shape]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_replay_in_half_precision(load: Callable, dtype: str) -> None:
     base = load("llama", layers=4, dtype=dtype)
