@@ -24,7 +24,8 @@ from types import TracebackType
 from malmen_cli.exceptions import OutputError
 
 LOCK = ".lock"  # inside the temporary folder, held with flock for as long as its process lives
-MARKS = ("malmen.json", "editor.json")  # a folder with one of these was written by us and may be replaced
+# A folder with one of these was written by us and may be replaced.
+MARKS = ("malmen.json", "editor.json", "statistics.json")
 CHUNK = 1 << 20
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

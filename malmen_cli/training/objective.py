@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
+from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded, by_length
 from malmen_cli.editing.capture import fact_loss, weight_gradients
 from malmen_cli.editing.replay import Batch, Runner
@@ -136,16 +137,8 @@ def sampled_texts(
 
     Started from the tokenizer's first special token and random words of its vocabulary.
     """
-    base = runner.base
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = base.model.get_input_embeddings().num_embeddings
-    special = set(base.tokenizer.all_special_ids)
-    starts: list[tuple[int, ...]] = []
-    while len(starts) < count:
-        token = int(torch.randint(min(vocabulary, len(base.tokenizer)), (1,), generator=generator))
-        if token not in special:
-            starts.append((token,) if base.tokenizer.bos_token_id is None else (base.tokenizer.bos_token_id, token))
-    texts = [list(start) for start in starts]
+    texts = [list(start) for start in random_starts(runner.base, count, generator)]
     for _ in range(tokens):
         logits, _batch = runner.logits([Encoded((*text, 0), len(text)) for text in texts], keep=False)
         if not bool(torch.isfinite(logits).all()):
@@ -154,3 +147,15 @@ def sampled_texts(
         for text, token in zip(texts, drawn, strict=True):
             text.append(token)
     return [Encoded(tuple(text), max(1, len(text) // 2)) for text in texts]
+
+
+def random_starts(base: Base, count: int, generator: torch.Generator) -> list[tuple[int, ...]]:
+    """What sampled texts begin with, each of the same length."""
+    vocabulary = base.model.get_input_embeddings().num_embeddings
+    special = set(base.tokenizer.all_special_ids)
+    starts: list[tuple[int, ...]] = []
+    while len(starts) < count:
+        token = int(torch.randint(min(vocabulary, len(base.tokenizer)), (1,), generator=generator))
+        if token not in special:
+            starts.append((token,) if base.tokenizer.bos_token_id is None else (base.tokenizer.bos_token_id, token))
+    return starts

@@ -1,0 +1,59 @@
+"""What a module's keys look like over ordinary text: `C = E[k k']`, which MEMIT, ROME and AlphaEdit keep in place.
+
+MEMIT (arXiv 2210.07229, section 4.2) estimates C from 100,000 samples of Wikipedia. It is a sum over tokens, so it is
+streamed: memory grows with the width of the keys alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from malmen_cli.base.families import matrix_shape
+from malmen_cli.base.prompts import Encoded
+from malmen_cli.editing.capture import all_keys
+from malmen_cli.editing.replay import Runner
+from malmen_cli.exceptions import NumericsError
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Second moments of keys by module, (dk, dk) fp32 in host memory, and the text they were taken over."""
+
+    moments: Mapping[str, Tensor]
+    tokens: int
+    source: Mapping[str, object] = field(default_factory=dict)
+
+
+def second_moments(
+    runner: Runner,
+    sequences: Sequence[Encoded],
+    names: Sequence[str],
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Tensor]:
+    """`E[k k']` over every token of `sequences`, per module (dk, dk) fp32 in host memory; summed in fp64.
+
+    progress: called with the number of tokens of every batch. Raises NumericsError naming a module whose keys are not
+    finite, MemoryLimitError when one sequence does not fit.
+    """
+    device = runner.base.device
+    sums = {}
+    for name in names:
+        width = matrix_shape(runner.model.get_submodule(name))[0]
+        sums[name] = torch.zeros(width, width, dtype=torch.float64, device=device)
+    count = 0
+    for keys in all_keys(runner, sequences, names, batch_size):
+        for name in names:  # products of a batch in fp32: a batch is short, the sum over batches is not
+            sums[name] += keys[name].mT @ keys[name]
+        rows = len(keys[names[0]])
+        count += rows
+        if progress is not None:
+            progress(rows)
+    for name, total in sums.items():
+        if not bool(torch.isfinite(total.sum())):
+            raise NumericsError(f"{name}: its keys are not finite; load the base in another --dtype")
+    return {name: (total / max(count, 1)).float().cpu() for name, total in sums.items()}

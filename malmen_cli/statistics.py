@@ -1,0 +1,148 @@
+"""Key statistics of a base: from the cache, else over a text that is named, else over text that the base writes itself.
+
+So nothing has to be downloaded, and the work is done once for a base, a module and a text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from malmen_cli.artifact.statistics import load_statistics, save_statistics
+from malmen_cli.base.families import matrix_shape
+from malmen_cli.base.model import Base, logits_at
+from malmen_cli.base.prompts import Encoded
+from malmen_cli.base.texts import read_texts, windows
+from malmen_cli.editing.replay import Runner
+from malmen_cli.editing.statistics import Statistics, second_moments
+from malmen_cli.exceptions import FactsError, NumericsError, OutputError, Problem
+from malmen_cli.training.objective import random_starts
+
+SAMPLED = "sampled"  # the name of the base's own text
+SAMPLED_LENGTH = 64  # tokens of each of its texts: long enough for words, short enough not to run in circles
+SAMPLED_AT_ONCE = 64
+
+Windows = list[tuple[int, ...]]
+
+
+class Text:
+    """The text that statistics are taken over: read or sampled when its windows are asked for.
+
+    source: what it is called, to the point where equal sources are equal texts. tokens: how many, at most.
+    Raises FactsError where a named text cannot be read or is empty.
+    """
+
+    def __init__(self, base: Base, name: str | None, tokens: int) -> None:
+        self._base, self._tokens = base, tokens
+        self._windows: Windows | None = None
+        self.source: dict[str, object] = {"name": SAMPLED, "tokens": tokens}
+        if name is not None:
+            self._windows = windows(base.tokenizer, read_texts(name), tokens, base.room)
+            if not self._windows:
+                raise FactsError([Problem(name, None, None, "holds no text")])
+            digest = hashlib.sha256(repr(self._windows).encode()).hexdigest()
+            self.source = {"name": Path(name).name, "sha256": digest, "tokens": sum(map(len, self._windows))}
+        # Keys of a half-precision run are other keys.
+        self.source["dtype"] = str(base.dtype).removeprefix("torch.")
+
+    def windows(self) -> Windows:
+        if self._windows is None:
+            self._windows = own_text(self._base, self._tokens)
+        return self._windows
+
+
+def gather_statistics(
+    base: Base,
+    names: Sequence[str],
+    text: Text,
+    *,
+    batch_size: int,
+    again: bool = False,
+    must_keep: bool = False,
+    progress: Callable[[int], None] | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> tuple[Statistics, list[str]]:
+    """Statistics of the modules `names` over `text`, and which of them were not in the cache.
+
+    again: take nothing from the cache. must_keep: raise OutputError where the cache cannot be written, rather than
+    only say so. progress: called with the number of tokens of every batch.
+    """
+    known = {} if again else _kept(base, names, text)
+    missing = [name for name in names if name not in known]
+    if missing:
+        over = f"{text.source['tokens']} tokens of {text.source['name']}"
+        note(f"key statistics of {counted(missing)} over {over}: kept for next time")
+        sequences = [Encoded(ids, len(ids)) for ids in text.windows()]
+        moments = second_moments(Runner(base), sequences, missing, batch_size, progress)
+        tokens = sum(len(ids) for ids in text.windows())
+        for name, moment in moments.items():
+            known[name] = moment, tokens
+            try:
+                save_statistics(base.fingerprint, name, text.source, moment, tokens)
+            except OutputError as error:
+                if must_keep:
+                    raise
+                note(f"key statistics could not be kept: {error}")
+    statistics = {name: known[name][0] for name in names}
+    return Statistics(statistics, known[names[0]][1], text.source), missing
+
+
+def counted(names: Sequence[str]) -> str:
+    """`1 module`, `2 modules`."""
+    return f"{len(names)} module{'s' * (len(names) != 1)}"
+
+
+def missing_statistics(base: Base, names: Sequence[str], text: Text) -> list[str]:
+    """The modules of `names` whose statistics over `text` are not in the cache."""
+    known = _kept(base, names, text)
+    return [name for name in names if name not in known]
+
+
+def _kept(base: Base, names: Sequence[str], text: Text) -> dict[str, tuple[torch.Tensor, int]]:
+    found = {}
+    for name in names:
+        width = matrix_shape(base.model.get_submodule(name))[0]
+        kept = load_statistics(base.fingerprint, name, text.source, width)
+        if kept is not None:
+            found[name] = kept
+    return found
+
+
+@torch.inference_mode()
+def own_text(base: Base, tokens: int) -> Windows:
+    """`tokens` tokens sampled from the base itself, at temperature 1, in texts of SAMPLED_LENGTH or less.
+
+    Always the same ones, whatever the seed of an edit, so that they are sampled once a base. Started as `sampled_texts`
+    starts them; with the model's own cache, as there are many. Raises NumericsError.
+    """
+    generator = torch.Generator().manual_seed(0)
+    length = min(SAMPLED_LENGTH, base.room or SAMPLED_LENGTH, tokens)
+    count = -(-tokens // length)
+    texts: list[list[int]] = [list(start[:length]) for start in random_starts(base, count, generator)]
+    for start in range(0, count, SAMPLED_AT_ONCE):
+        _write_on(base, texts[start : start + SAMPLED_AT_ONCE], length, generator)
+    texts[-1] = texts[-1][: tokens - length * (count - 1)]
+    return [tuple(text) for text in texts]
+
+
+def _write_on(base: Base, texts: Sequence[list[int]], length: int, generator: torch.Generator) -> None:
+    """Write texts of one length on to `length` tokens, each in place."""
+    rows = torch.arange(len(texts), device=base.device)
+    cache: Any = None
+    while len(texts[0]) < length:
+        ids = torch.tensor([text if cache is None else text[-1:] for text in texts], device=base.device)
+        mask = torch.ones(len(texts), len(texts[0]), dtype=torch.long, device=base.device)
+        past = {"past_key_values": cache} if cache is not None else {}
+        with logits_at(base.model, rows, torch.full_like(rows, ids.shape[1] - 1)) as gather:
+            output = base.model(input_ids=ids, attention_mask=mask, use_cache=True, **past)
+            logits = gather(output.logits).float()
+        cache = getattr(output, "past_key_values", None)
+        if not bool(torch.isfinite(logits).all()):
+            raise NumericsError("the base's logits are not finite; load it in another --dtype")
+        drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].tolist()
+        for text, token in zip(texts, drawn, strict=True):
+            text.append(token)
