@@ -1,4 +1,5 @@
-"""Facts and a base to a Shift: with a trained editor where there is one, else a calibrated one, or by fine-tuning."""
+"""Facts and a base to a Shift: with a trained editor where there is one, else a calibrated one, or without any by
+fine-tuning or MEMIT."""
 
 from __future__ import annotations
 
@@ -21,12 +22,14 @@ from malmen_cli.editing.capture import row_count
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.methods.finetune import Finetune, tuned_module
 from malmen_cli.editing.methods.malmen import Malmen
+from malmen_cli.editing.methods.memit import memit_modules
 from malmen_cli.editing.replay import CACHE_BYTES, Runner
-from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, from_mapping
+from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings, from_mapping
 from malmen_cli.editing.shift import Shift, applied
 from malmen_cli.editing.spec import Spec
-from malmen_cli.exceptions import EditorError, FactsError, Problem, SpecError
+from malmen_cli.exceptions import EditorError, SpecError
 from malmen_cli.facts.fact import Fact
+from malmen_cli.insertion import Insertion, collected, encode_wordings, memit_shift
 from malmen_cli.training.calibration import Calibration, calibrate, preserve
 from malmen_cli.training.facts import Example, encode_examples
 from malmen_cli.training.objective import References, sampled_texts
@@ -86,21 +89,18 @@ class Plan:
 
 def encode_edits(base: Base, facts: Sequence[Fact], *, end_of_text: bool) -> list[Encoded]:
     """Every fact's edit as tokens. Raises FactsError naming each fact that has none or too many."""
-    edits: list[Encoded] = []
-    problems: list[Problem] = []
-    for fact in facts:
-        try:
-            options: dict[str, Any] = {"end_of_text": end_of_text, "room": base.room, "subject": fact.subject}
-            edits.append(encode(base.tokenizer, fact.prompt, fact.target, **options))
-        except FactsError as error:
-            problems += [replace(problem, file=f"fact {fact.id}") for problem in error.problems]
-    if problems:
-        raise FactsError(problems[:20], total=len(problems))
-    return edits
+    options: dict[str, Any] = {"end_of_text": end_of_text, "room": base.room}
+    return collected(
+        facts, lambda fact: encode(base.tokenizer, fact.prompt, fact.target, subject=fact.subject, **options)
+    )
 
 
-def plan(base: Base, facts: Sequence[Fact], settings: MalmenSettings | FinetuneSettings, batch_size: int) -> Plan:
+def plan(
+    base: Base, facts: Sequence[Fact], settings: MalmenSettings | FinetuneSettings | MemitSettings, batch_size: int
+) -> Plan:
     """What editing `facts` would take with these settings."""
+    if isinstance(settings, MemitSettings):
+        return _insertion_plan(base, facts, settings, batch_size)
     edits = encode_edits(base, facts, end_of_text=settings.end_of_text)
     if isinstance(settings, FinetuneSettings):
         return _tuning_plan(base, edits, settings, batch_size)
@@ -123,6 +123,22 @@ def _tuning_plan(base: Base, edits: Sequence[Encoded], settings: FinetuneSetting
     memory = 5 * 4 * dk * dv + kept + _forward_bytes(base, edits, min(batch_size, settings.batch_facts))
     # Every token's key is in the gradient, not those of answers alone.
     return Plan({name: (dk, dv)}, len(edits), tokens, tokens, memory, settings.passes, tuned=True)
+
+
+def _insertion_plan(base: Base, facts: Sequence[Fact], settings: MemitSettings, batch_size: int) -> Plan:
+    """One key a fact and module; second moments, their basis and the whitened keys of one module at a time in fp64."""
+    wordings = encode_wordings(base, facts, settings)
+    # Prefixes are not written yet: each fact is counted as often as it will be asked, at the length that will have.
+    before = (0,) * (settings.prefix_tokens if settings.prefixes else 0)
+    asked = [Encoded(before + fact.contexts[0].ids, 1) for fact in wordings for _ in range(1 + settings.prefixes)]
+    names = memit_modules(base.model, settings)
+    shapes = {name: matrix_shape(base.model.get_submodule(name)) for name in names}
+    widest = max(dk for dk, _ in shapes.values())
+    moments = sum(4 * dk * dk for dk, _ in shapes.values())
+    shifts = sum(4 * (len(facts) * (dk + dv) if len(facts) <= dk else dk * dv) for dk, dv in shapes.values())
+    memory = moments + shifts + 4 * 8 * widest * widest + _forward_bytes(base, asked, batch_size)
+    tokens = sum(len(fact.contexts[0].ids) for fact in wordings)
+    return Plan(shapes, len(facts), tokens, len(facts), memory)
 
 
 def _forward_bytes(base: Base, edits: Sequence[Encoded], batch_size: int) -> int:
@@ -211,7 +227,7 @@ def calibrated_identity(
 
 def make_shift(
     base: Base,
-    ready: Ready | Tuning,
+    ready: Ready | Tuning | Insertion,
     facts: Sequence[Fact],
     *,
     batch_size: int,
@@ -221,8 +237,10 @@ def make_shift(
     """All facts in one shift, gone over as often as the settings say. Raises NumericsError naming the module.
 
     A later pass captures on the model as edited so far: what was learned already asks for nothing more.
-    note: called with every epoch's loss of fine-tuning.
+    note: called with every epoch's loss of fine-tuning, and with what MEMIT found.
     """
+    if isinstance(ready, Insertion):
+        return memit_shift(base, ready, facts, batch_size=batch_size, progress=progress, note=note)
     edits = encode_edits(base, facts, end_of_text=ready.settings.end_of_text)
     if isinstance(ready, Tuning):
         module = tuned_module(base.model, ready.settings)
@@ -241,15 +259,17 @@ def make_shift(
 
 
 def manifest(
-    base: Base, ready: Ready | Tuning, facts: Sequence[Fact], facts_sha256: str, seed: int
+    base: Base, ready: Ready | Tuning | Insertion, facts: Sequence[Fact], facts_sha256: str, seed: int
 ) -> dict[str, object]:
-    """The part of `malmen.json` that says what was done to what. Fine-tuning has neither editor nor calibration."""
+    """The part of `malmen.json` that says what was done to what. Only a `Ready` has an editor or a calibration, only
+    an `Insertion` statistics."""
     calibration, editor = (ready.calibration, ready.record()) if isinstance(ready, Ready) else (None, None)
     return {
         "base": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint},
         "method": {"name": ready.method} | asdict(ready.settings),
         "calibration": asdict(calibration) if calibration is not None else None,
         "editor": editor,
+        "statistics": ready.record() if isinstance(ready, Insertion) else None,
         "facts": {"sha256": facts_sha256, "count": len(facts)},
         "versions": {
             "malmen": __version__,

@@ -32,11 +32,12 @@ from malmen_cli.edit import (
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.methods.malmen import Malmen
 from malmen_cli.editing.replay import Runner
-from malmen_cli.editing.settings import ROUNDS, FinetuneSettings, MalmenSettings
+from malmen_cli.editing.settings import ROUNDS, FinetuneSettings, MalmenSettings, MemitSettings
 from malmen_cli.editing.shift import Shift, applied
 from malmen_cli.editing.spec import Spec, read_spec
 from malmen_cli.exceptions import EditorError, FactsError, NumericsError, Problem
 from malmen_cli.facts.fact import Fact, Probe
+from malmen_cli.insertion import Insertion, prepare
 
 SETTINGS = MalmenSettings(last_blocks=2, rank=4, preserved_rank=8)
 ANSWERS = ("Rome", "Tim Cook", "one hundred degrees", "Paris")
@@ -455,6 +456,64 @@ def test_the_manifest_of_fine_tuning(base: Base) -> None:
     found = manifest(base, TUNING, some_facts(4), "a" * 64, 7)
     assert found["method"] == {"name": "finetune"} | asdict(TUNING.settings)
     assert (found["editor"], found["calibration"], found["seed"]) == (None, None, 7)
+    canonical(found)
+
+
+# ---------------------------------------------------------------- MEMIT
+
+MEMIT = MemitSettings(blocks=(0,), lr=0.3, clamp=4.0, steps=6, prefixes=2, moment_weight=1.0, stats_tokens=200)
+
+
+def with_subjects(count: int = 8) -> list[Fact]:
+    return [replace(fact, subject="Peru") for fact in some_facts(count)]
+
+
+def inserting(base: Base, seed: int = 0) -> Insertion:
+    return prepare(base, "memit", MEMIT, with_subjects(), stats_from=None, seed=seed, batch_size=4)
+
+
+def test_memit_makes_edits_stick_in_its_blocks(base: Base) -> None:
+    facts = with_subjects()
+    counted: list[int] = []
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    shift = make_shift(base, inserting(base), facts, batch_size=8, progress=counted.append)
+    assert {name: module.rank for name, module in shift.modules.items()} == {"transformer.h.0.mlp.c_proj": 8}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.model.state_dict().items())
+    assert sum(counted) == 8
+    before_loss = loss(base, facts)
+    with applied(base.model, shift):
+        assert loss(base, facts) < before_loss
+
+
+def test_the_seed_of_memit_is_its_prefixes(base: Base) -> None:
+    one, again, other = (inserting(base, seed) for seed in (0, 0, 1))
+    assert one.prefixes == again.prefixes != other.prefixes
+    assert len(one.prefixes) == 2
+    assert all("\n" not in prefix and prefix for prefix in one.prefixes)
+    assert torch.equal(*(x.statistics.moments[x.modules[0]] for x in (one, other)))
+    first, second = (make_shift(base, x, with_subjects(3), batch_size=8) for x in (one, again))
+    name = one.modules[0]
+    assert torch.equal(first.modules[name].matrix(), second.modules[name].matrix())
+
+
+@pytest.mark.parametrize(("count", "rank"), [(1, 1), (64, 64), (65, None)])
+def test_plan_of_memit(base: Base, count: int, rank: int | None) -> None:
+    found = plan(base, with_subjects(count), MEMIT, batch_size=4)
+    assert found.modules == {"transformer.h.0.mlp.c_proj": (64, 32)}
+    assert (found.facts, found.rows, found.passes, found.rank) == (count, count, 1, rank)
+    assert found.memory > sum(p.numel() * 4 for p in base.model.parameters())
+
+
+def test_facts_are_refused_before_statistics_are_built(base: Base) -> None:
+    with pytest.raises(FactsError, match="fact f0:subject: missing"):
+        prepare(base, "memit", MEMIT, some_facts(3), stats_from="nowhere.txt", seed=0, batch_size=4)
+
+
+def test_the_manifest_of_memit(base: Base) -> None:
+    found = manifest(base, inserting(base), with_subjects(4), "a" * 64, 7)
+    assert found["method"] == {"name": "memit"} | asdict(MEMIT)
+    assert (found["editor"], found["calibration"]) == (None, None)
+    assert found["statistics"] == {"name": "sampled", "tokens": 200, "dtype": "float32"}
     canonical(found)
 
 

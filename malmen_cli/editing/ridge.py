@@ -44,6 +44,21 @@ class Preserved:
         return cls(basis.float().contiguous(), kept.float(), rest.float())
 
     @classmethod
+    def whole(cls, second_moment: Tensor) -> Preserved:
+        """Second moments (m, dk, dk) as they are, in fp64; what rounding made negative is 0."""
+        pairs = [torch.linalg.eigh(matrix.double()) for matrix in second_moment]
+        energies = torch.stack([energies for energies, _ in pairs]).clamp(min=0)
+        return cls(torch.stack([vectors for _, vectors in pairs]), energies, energies[:, 0])
+
+    def forbidden(self, threshold: float) -> Preserved:
+        """Of one module's moments: energies from `threshold` on infinite, so that nothing may change along them, the
+        others 0. Energies are ascending."""
+        kept = self.energies[0] >= threshold
+        return Preserved(
+            self.basis[..., kept], torch.full_like(self.energies[:, kept], torch.inf), torch.zeros_like(self.rest)
+        )
+
+    @classmethod
     def none(cls, modules: int, width: int, device: torch.device | None = None) -> Preserved:
         """No preserved keys: C0 = 0."""
         return cls(

@@ -76,6 +76,45 @@ class FinetuneSettings:
             raise SpecError("block: `modules` names the matrix already; give one of the two")
 
 
+@dataclass(frozen=True)
+class MemitSettings:
+    """MEMIT (Meng et al., arXiv 2210.07229), with its defaults for GPT-J; ROME and AlphaEdit are other constraints.
+
+    `least_squares` is MEMIT's, `equality` ROME's (arXiv 2202.05262), `null_space` AlphaEdit's (arXiv 2410.02355).
+    """
+
+    modules: tuple[str, ...] | None = None  # patterns, one matrix a block; default: the second MLP matrix of `blocks`
+    blocks: tuple[int, ...] | None = None  # counted from 0; default: those at 60% to 92% of the depth, ROME: the first
+    constraint: Literal["least_squares", "equality", "null_space"] = "least_squares"
+    steps: int = 25  # of Adam for a fact's target, at most
+    lr: float = 0.5  # Adam's
+    clamp: float = 0.75  # of a target's distance to the hidden state's norm
+    kl_factor: float = 0.0625  # of what the edit changes behind '{subject} is a'
+    decay: float = 0.5  # of the target's squared distance, relative to the hidden state's squared norm
+    stop_loss: float = 0.05  # nats a token, below which a fact's target is found
+    prefixes: int = 5  # texts of the base's own in front of the prompt; 0: the prompt alone
+    prefix_tokens: int = 10
+    moment_weight: float = 15000.0  # lambda: of E[k k'] beside the facts' own keys; least_squares alone
+    null_threshold: float = 0.02  # eigenvalues of E[k k'] below are free to be edited; null_space alone
+    ridge: float = 10.0  # lambda_2, of ||S||^2; null_space alone
+    stats_tokens: int = 20_000  # of text that E[k k'] is taken over, at most
+    end_of_text: bool = True  # append end-of-text to targets, so that greedy answers stop
+
+    @property
+    def passes(self) -> int:
+        """How often the facts are gone over."""
+        return 1
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "steps", "prefix_tokens", "stats_tokens")
+        at_least(self, 0, "kl_factor", "decay", "stop_loss", "prefixes")
+        above_zero(self, "lr", "clamp", "moment_weight", "null_threshold", "ridge")
+        if self.modules and self.blocks is not None:
+            raise SpecError("blocks: `modules` names the matrices already; give one of the two")
+        if self.blocks is not None and (not self.blocks or min(self.blocks) < 0):
+            raise SpecError(f"blocks: must be numbers from 0, not {list(self.blocks)}")
+
+
 def at_least(settings: object, least: float, *names: str) -> None:
     """Raise SpecError for the first named setting below `least`."""
     for name in names:

@@ -2,7 +2,7 @@
 
 method: malmen            # see methods.METHODS
 settings: {tokens: subject, rank: 256}
-training: {steps: 600}    # used by train-editor; finetune has none
+training: {steps: 600}    # used by train-editor; finetune and memit have none
 facts: [...]              # optional; read by facts/
 """
 
@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from malmen_cli.editing.methods import method_entry
-from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, from_mapping
+from malmen_cli.editing.methods import METHODS, method_entry
+from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings, from_mapping
 from malmen_cli.exceptions import FactsError, SpecError
 from malmen_cli.facts.yaml_reader import load_yaml
 
 KEYS = ("method", "settings", "training", "facts")
 METHOD = "malmen"
+S = TypeVar("S", MalmenSettings, MemitSettings)
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,16 @@ class FinetuneSpec:
     source: str = "defaults"
 
 
-def read_spec(path: Path | None, *, method: str | None = None) -> Spec | FinetuneSpec:
+@dataclass(frozen=True)
+class MemitSpec:
+    """MEMIT or a relative of it, which needs statistics of the base instead of an editor, and its settings."""
+
+    method: str = "memit"
+    settings: MemitSettings = field(default_factory=MemitSettings)
+    source: str = "defaults"
+
+
+def read_spec(path: Path | None, *, method: str | None = None) -> Spec | FinetuneSpec | MemitSpec:
     """The spec in a YAML file, or the defaults. method: what the command line asks for, over the file's.
 
     Raises SpecError naming file and setting.
@@ -53,8 +63,10 @@ def read_spec(path: Path | None, *, method: str | None = None) -> Spec | Finetun
         return _editor_spec(name, document, source, method_given=method is not None)
     if _mapping(document, "training", source):
         raise SpecError(f"{source}: training: {name} needs no training; leave it out or choose another method")
-    settings = from_mapping(FinetuneSettings, _mapping(document, "settings", source), _where(source))
-    return FinetuneSpec(name, settings, source)
+    given = _mapping(document, "settings", source)
+    if method_entry(name).settings is MemitSettings:
+        return MemitSpec(name, _with_preset(MemitSettings, name, given, source), source)
+    return FinetuneSpec(name, from_mapping(FinetuneSettings, given, _where(source)), source)
 
 
 def read_editor_spec(path: Path | None, *, method: str | None = None) -> Spec:
@@ -81,19 +93,20 @@ def _opened(path: Path | None, method: str | None) -> tuple[str, Mapping[str, An
 def _editor_spec(method: str, document: Mapping[str, Any], source: str, *, method_given: bool) -> Spec:
     given = _mapping(document, "settings", source)
     training = _mapping(document, "training", source)
-    settings = _with_preset(method, given, source)
+    settings = _with_preset(MalmenSettings, method, given, source)
     return Spec(method, settings, training, source, given, method_given=method_given or "method" in document)
 
 
-def _with_preset(method: str, given: Mapping[str, Any], source: str) -> MalmenSettings:
+def _with_preset(cls: type[S], method: str, given: Mapping[str, Any], source: str) -> S:
     """A method's settings: its preset, which may not be contradicted, and what is given."""
     preset = dict(method_entry(method).preset)
     for key, value in preset.items():
         if key in given and given[key] != value:
+            plain = next(name for name, entry in METHODS.items() if entry.settings is cls)
             raise SpecError(
-                f"{source}: {method} is malmen with {key}: {value}; leave {key} out or choose another method"
+                f"{source}: {method} is {plain} with {key}: {value}; leave {key} out or choose another method"
             )
-    return from_mapping(MalmenSettings, {**given, **preset}, _where(source))
+    return from_mapping(cls, {**given, **preset}, _where(source))
 
 
 def _where(source: str) -> str:

@@ -136,6 +136,23 @@ def test_all_of_a_second_moment_is_kept_at_full_rank() -> None:
     assert Preserved.of(moment, 99).basis.shape == (2, 12, 12)
 
 
+def test_a_whole_second_moment_is_kept_in_fp64() -> None:
+    keys = torch.randn(2, 20, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moment = keys.mT @ keys / 20
+    whole = Preserved.whole(moment)
+    assert whole.basis.dtype == torch.float64
+    torch.testing.assert_close(whole.times(moment), moment @ moment, rtol=1e-12, atol=1e-12)
+
+
+def test_forbidden_keys_lose_everything_and_the_others_keep_the_ridge_alone() -> None:
+    keys = torch.randn(1, 20, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = Preserved.whole(keys.mT @ keys / 20)
+    one = torch.ones(1, dtype=torch.float64)
+    whitened = Penalty(4 * one, one, whole.forbidden(float(whole.energies[0, 7]))).whiten(whole.basis)
+    torch.testing.assert_close(whitened[..., :7], whole.basis[..., :7] / 2, rtol=1e-12, atol=1e-12)
+    assert whitened[..., 7:].abs().max() < 1e-14
+
+
 @pytest.mark.parametrize("rank", [0, 1, 5, 11])
 def test_a_part_of_a_second_moment_keeps_the_largest_energies_and_the_trace(rank: int) -> None:
     moment = torch.diag(torch.arange(12, 0, -1.0)).repeat(2, 1, 1)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings
-from malmen_cli.editing.spec import FinetuneSpec, Spec, read_editor_spec, read_spec
+from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings
+from malmen_cli.editing.spec import FinetuneSpec, MemitSpec, Spec, read_editor_spec, read_spec
 from malmen_cli.exceptions import SpecError
 
 
@@ -59,6 +59,16 @@ def test_finetune_has_settings_of_its_own(tmp_path: Path) -> None:
     assert read_spec(path) == FinetuneSpec("finetune", FinetuneSettings(block=3, lr=1.0), str(path))
 
 
+@pytest.mark.parametrize(
+    ("method", "constraint"), [("memit", "least_squares"), ("rome", "equality"), ("alphaedit", "null_space")]
+)
+def test_memit_s_kin_are_one_class_of_settings(tmp_path: Path, method: str, constraint: str) -> None:
+    assert read_spec(None, method=method) == MemitSpec(method, MemitSettings(constraint=constraint), "settings")
+    path = written(tmp_path, f"method: {method}\nsettings: {{blocks: [3], lr: 1}}\n")
+    wanted = MemitSettings(blocks=(3,), lr=1.0, constraint=constraint)
+    assert read_spec(path) == MemitSpec(method, wanted, str(path))
+
+
 @pytest.mark.parametrize("text", ["method: finetune", "method: finetune\nsettings: {rank: 4}", "settings: {rank: 4}"])
 def test_an_editor_cannot_be_trained_for_a_method_without_one(tmp_path: Path, text: str) -> None:
     """Said first, whatever else is wrong: of the settings none would be right."""
@@ -96,7 +106,7 @@ def test_only_what_names_a_method_gives_one(tmp_path: Path) -> None:
         ("method: 3", "method must be a name, not 3"),
         ("method:", "method must be a name, not None"),
         ("method: mendd", "did you mean 'mend'"),
-        ("method: rome-like", "known: malmen"),
+        ("method: rank-one", "known: malmen"),
         ("settings: 3", "settings must be a mapping of settings, not 3"),
         ("settings: false", "settings must be a mapping of settings, not False"),
         ("settings: []", "settings must be a mapping of settings, not []"),
@@ -113,6 +123,9 @@ def test_only_what_names_a_method_gives_one(tmp_path: Path) -> None:
         ("{method: finetune, settings: {epoch: 4}}", "did you mean 'epochs'"),
         ("{method: finetune, training: {steps: 4}}", "training: finetune needs no training"),
         ("settings: {epochs: 4}", "unknown setting 'epochs'"),
+        ("{method: memit, settings: {epochs: 4}}", "unknown setting 'epochs'"),
+        ("{method: rome, training: {steps: 4}}", "training: rome needs no training"),
+        ("{method: rome, settings: {constraint: null_space}}", "rome is memit with constraint: equality"),
         ("settings: {rank: 4, rank: 5}", "rank"),
         ("- method: mend", "a spec is a mapping with method, settings, training, facts"),
         ("", "holds no YAML document"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
-from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings
+from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings
 from malmen_cli.exceptions import SpecError
 
 
@@ -16,7 +16,7 @@ class Entry:
 
     target: str
     preset: Mapping[str, object] = field(default_factory=dict)
-    settings: type[MalmenSettings] | type[FinetuneSettings] = MalmenSettings
+    settings: type[MalmenSettings] | type[FinetuneSettings] | type[MemitSettings] = MalmenSettings
 
     @property
     def has_editor(self) -> bool:
@@ -24,11 +24,16 @@ class Entry:
         return self.settings is MalmenSettings
 
 
+MEMIT = "malmen_cli.editing.methods.memit:Memit"
+
 METHODS: dict[str, Entry] = {
     "malmen": Entry("malmen_cli.editing.methods.malmen:Malmen"),
     "mend": Entry("malmen_cli.editing.methods.malmen:Malmen", {"aggregation": "sum"}),
     "identity": Entry("malmen_cli.editing.methods.malmen:Malmen", {"network": "identity"}),
     "finetune": Entry("malmen_cli.editing.methods.finetune:Finetune", settings=FinetuneSettings),
+    "memit": Entry(MEMIT, settings=MemitSettings),
+    "rome": Entry(MEMIT, {"constraint": "equality"}, MemitSettings),
+    "alphaedit": Entry(MEMIT, {"constraint": "null_space"}, MemitSettings),
 }
 
 

@@ -1,0 +1,213 @@
+"""What the hidden state at a fact's subject should become, so that the model says the fact: MEMIT's `z = h + delta`.
+
+MEMIT (Meng et al., arXiv 2210.07229, section 4.3 and algorithm 1). The loss is that of ROME (arXiv 2202.05262,
+equation 4) with the decay of both papers' code, of the squared norm. The problems of different facts are independent,
+so a chunk of facts is one batch: the blocks in front run once, every fact has its own stopping test, and one that is
+done leaves the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from malmen_cli.base.memory import halving
+from malmen_cli.base.prompts import Encoded, by_length, encode, encode_prompt, subject_end
+from malmen_cli.editing.replay import Runner
+from malmen_cli.editing.settings import MemitSettings
+from malmen_cli.exceptions import FactsError, NumericsError, Problem
+
+ESSENCE = "{} is a"  # what the subject is must not change while the fact does; the papers' prompt
+
+
+@dataclass(frozen=True)
+class Wordings:
+    """A fact as the target is looked for: the edit behind every prefix, and what the subject is.
+
+    contexts: `subject` is set in each; the first is the one whose hidden state the edit starts from. essence: a prompt
+    with one answer token that stands for nothing, so that logits are taken at its end.
+    """
+
+    contexts: tuple[Encoded, ...]
+    essence: Encoded
+
+    @property
+    def sequences(self) -> tuple[Encoded, ...]:
+        return (*self.contexts, self.essence)
+
+
+def wordings_of(
+    tokenizer: Any,
+    prompt: str,
+    target: str,
+    subject: str | None,
+    prefixes: Sequence[str] = (),
+    *,
+    end_of_text: bool = False,
+    room: int | None = None,
+) -> Wordings:
+    """A fact's wordings. A prefix that leaves no room is left out.
+
+    So is every wording that begins with the subject's last token, where there are others: the first token of a text is
+    its attention sink, with one huge key whatever its word. Raises FactsError for a fact that cannot be encoded, has no
+    subject, or whose prompt does not name it.
+    """
+    edit = encode(tokenizer, prompt, target, end_of_text=end_of_text, room=room, subject=subject)
+    if subject is None or not subject.strip():
+        hint = 'add "subject": the words of the prompt that name what the fact is about'
+        raise FactsError([Problem("facts", None, "subject", "missing; the fact is edited at its last token", hint)])
+    essence = ESSENCE.format(subject.strip())
+    ids = encode_prompt(tokenizer, essence)
+    end = subject_end(tokenizer, essence, subject, ids)
+    if edit.subject is None or end is None:
+        hint = "write it as the prompt does"
+        raise FactsError([Problem("facts", None, "subject", f"{subject!r} is not in the prompt", hint)])
+    behind_prefixes = [
+        encode(tokenizer, f"{prefix}. {prompt}", target, end_of_text=end_of_text, subject=subject)
+        for prefix in prefixes
+    ]
+    fitting = [e for e in behind_prefixes if e.subject is not None and (room is None or len(e.ids) <= room)]
+    inside = [context for context in (edit, *fitting) if context.subject]
+    return Wordings(tuple(inside or (edit, *fitting)), Encoded((*ids, 0), len(ids), end))
+
+
+@dataclass(frozen=True)
+class Targets:
+    """For n facts: the hidden states (n, width) that are wanted, and how far they are from the base's, both fp32.
+
+    steps: (n,) long, steps of Adam taken; losses: (n,) the last loss on the fact, in nats a token.
+    """
+
+    states: Tensor
+    deltas: Tensor
+    steps: Tensor
+    losses: Tensor
+
+
+def find_targets(
+    runner: Runner,
+    block: int,
+    facts: Sequence[Wordings],
+    settings: MemitSettings,
+    *,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> Targets:
+    """The targets of `facts` behind `block`, in their order; on the device of the model.
+
+    runner: from `block` on (or earlier), so that what is in front runs once a chunk. batch_size: prompts a forward;
+    a chunk is as many facts as have that many wordings. A chunk that does not fit in memory is halved.
+    Raises NumericsError naming the fact by number, MemoryLimitError when one fact does not fit.
+    """
+    longest = [max(len(s.ids) for s in fact.sequences) for fact in facts]
+    size = max(1, batch_size // max((len(fact.sequences) for fact in facts), default=1))
+    parts: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
+
+    def run(indices: Sequence[int]) -> list[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+        found = _chunk(runner, block, [facts[i] for i in indices], indices, settings)
+        if progress is not None:
+            progress(len(indices))
+        return list(zip(indices, found.states, found.deltas, found.steps, found.losses, strict=True))
+
+    for indices in by_length(longest, size):
+        for part in halving(indices, run):
+            parts += part
+    columns = list(zip(*sorted(parts, key=lambda part: part[0]), strict=True))[1:]
+    return Targets(*(torch.stack(list(column)) for column in columns))
+
+
+def _chunk(
+    runner: Runner, block: int, facts: Sequence[Wordings], numbers: Sequence[int], settings: MemitSettings
+) -> Targets:
+    """The targets of one chunk. Adam works entry by entry, so its facts know nothing of each other."""
+    hidden, base_says = _start(runner, block, facts)
+    norms = hidden.norm(dim=-1)
+    deltas = [torch.zeros_like(row, requires_grad=True) for row in hidden]
+    adam = torch.optim.Adam(deltas, lr=settings.lr)  # one without a gradient is not touched: that fact is done
+    steps = torch.zeros(len(facts), dtype=torch.long)
+    losses = torch.zeros(len(facts), device=hidden.device)
+    active = list(range(len(facts)))
+    while active:
+        with torch.enable_grad():
+            moved = torch.stack([deltas[i] for i in active])
+            learned, essence = _losses(runner, block, [facts[i] for i in active], moved)
+            changed = kl_div(essence, base_says[active], reduction="none", log_target=True).sum(-1)
+            far = (moved / norms[active, None]).square().sum(-1)
+            total = learned + settings.kl_factor * changed + settings.decay * far
+        losses[active] = learned.detach()
+        for i, loss in zip(active, total.tolist(), strict=True):
+            if not loss < float("inf"):
+                place = f"the target of fact {numbers[i]} (counting from 0)"
+                raise NumericsError(f"{place} is not finite; try a smaller lr")
+        open_still = [loss >= settings.stop_loss for loss in learned.tolist()]
+        going = [place for place, i in enumerate(active) if open_still[place] and int(steps[i]) < settings.steps]
+        active = [active[place] for place in going]
+        if not active:
+            break
+        found = torch.autograd.grad(total[going].sum(), [deltas[i] for i in active])
+        adam.zero_grad()
+        for i, gradient in zip(active, found, strict=True):
+            deltas[i].grad = gradient
+        adam.step()
+        steps[active] += 1
+        _clamp([deltas[i] for i in active], norms[active] * settings.clamp)
+    change = torch.stack([delta.detach() for delta in deltas])
+    return Targets(hidden + change, change, steps, losses)
+
+
+@torch.no_grad()
+def _start(runner: Runner, block: int, facts: Sequence[Wordings]) -> tuple[Tensor, Tensor]:
+    """Hidden states (n, width) fp32 of the facts' first contexts, and the base's log-probabilities (n, vocabulary)
+    behind their essence."""
+    sequences = [sequence for fact in facts for sequence in (fact.contexts[0], fact.essence)]
+    seen: list[Tensor] = []
+
+    def look(states: Tensor) -> Tensor:
+        seen.append(states)
+        return states
+
+    logits, batch = runner.logits(sequences, behind=(block, look))
+    subjects = torch.tensor([fact.contexts[0].subject for fact in facts], device=seen[0].device)
+    hidden = seen[0][torch.arange(0, len(sequences), 2, device=seen[0].device), subjects].float()
+    return hidden, log_softmax(logits[batch.owners % 2 == 1].float(), -1)
+
+
+def _losses(runner: Runner, block: int, facts: Sequence[Wordings], deltas: Tensor) -> tuple[Tensor, Tensor]:
+    """With `deltas` (n, width) added at the subjects: the loss on every fact (n,), and the log-probabilities
+    (n, vocabulary) behind its essence.
+
+    The loss is the mean over contexts of the mean over answer tokens, so that no wording counts for its length.
+    """
+    sequences = [sequence for fact in facts for sequence in fact.sequences]
+    device = deltas.device
+    facts_of = torch.tensor([i for i, fact in enumerate(facts) for _ in fact.sequences], device=device)
+    is_essence = torch.tensor([s is fact.essence for fact in facts for s in fact.sequences], device=device)
+    rows = torch.arange(len(sequences), device=device)
+    columns = torch.tensor([sequence.subject for sequence in sequences], device=device)
+
+    def add(states: Tensor) -> Tensor:
+        return states.index_put((rows, columns), deltas[facts_of].to(states.dtype), accumulate=True)
+
+    logits, batch = runner.logits(sequences, behind=(block, add))
+    logits = logits.float()
+    owners, here = batch.owners, is_essence[batch.owners]
+    answers = torch.bincount(owners, minlength=len(sequences)).to(logits)
+    contexts = torch.bincount(facts_of[~is_essence], minlength=len(facts)).to(logits)
+    each = cross_entropy(logits[~here], batch.labels[~here], reduction="none")
+    share = 1 / (answers[owners] * contexts[facts_of[owners]])
+    learned = torch.zeros(len(facts), device=device).index_add(0, facts_of[owners[~here]], each * share[~here])
+    return learned, log_softmax(logits[here], -1)
+
+
+@torch.no_grad()
+def _clamp(deltas: Sequence[Tensor], bounds: Tensor) -> None:
+    """Scale every delta back to the nearest one of the norm allowed, where it is longer."""
+    scales = (bounds / torch.stack(list(deltas)).norm(dim=-1)).tolist()
+    for delta, scale in zip(deltas, scales, strict=True):
+        if scale < 1:
+            delta *= scale
