@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py smollm2-135m --facts $MALMEN_DATA/counterfact-eval.jsonl --sizes 1,64,1024,all \
         --facts $MALMEN_DATA/zsre-eval.jsonl --sizes 200 \
-        --editor malmen --editor mend=editor-mend --editor finetune --editor identity -o quality.jsonl
+        --editor malmen --editor mend=editor-mend --editor finetune --editor memit --editor identity -o quality.jsonl
     python benchmarks/quality.py --table quality.jsonl --plot quality.png
 
 ES, GS, LS and, where the facts have it, PS in both protocols; score with its 95% interval; seconds from facts to shift
@@ -242,7 +242,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--sizes", action="append", default=[], metavar="N,...,all", help="for the --facts in its place"
     )
-    parser.add_argument("--editor", action="append", default=[], metavar="METHOD[=DIR]|identity|finetune[=SPEC]")
+    parser.add_argument("--editor", action="append", default=[], metavar="METHOD[=DIR]|METHOD[=SPEC]")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON lines; what it holds is not done again")
     parser.add_argument("--scored", type=int, default=1024, metavar="N", help="most facts that are scored")
     parser.add_argument("--singles", type=int, default=50, metavar="N", help="facts edited one by one for size 1")

@@ -10,13 +10,16 @@ from typing import Any
 from malmen_cli.base.model import Base
 from malmen_cli.edit import Ready, Tuning, calibrated_identity, find_ready, make_shift
 from malmen_cli.editing.methods import method_entry
-from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings
+from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings
 from malmen_cli.editing.shift import Shift
-from malmen_cli.editing.spec import FinetuneSpec, Spec, read_spec
+from malmen_cli.editing.spec import FinetuneSpec, MemitSpec, Spec, read_spec
 from malmen_cli.exceptions import EditorError
 from malmen_cli.facts.fact import Fact
+from malmen_cli.insertion import Insertion, prepare
 
-UNTRAINED = ("identity", "finetune")  # need no editor; `=FILE` is a spec with their settings
+# They need no editor; `=FILE` is a spec with their settings.
+UNTRAINED = ("identity", "finetune", "memit", "rome", "alphaedit")
+STATS_BATCH = 32  # windows a forward, for key statistics
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class Method:
     """One way to edit. `ready` is None where it depends on the facts; `source`: the folder or spec it was given by."""
 
     name: str
-    settings: MalmenSettings | FinetuneSettings | None = None
-    ready: Ready | Tuning | None = None
+    settings: MalmenSettings | FinetuneSettings | MemitSettings | None = None
+    ready: Ready | Tuning | Insertion | None = None
     source: str | None = None
     training_seconds: float | None = None
 
@@ -46,12 +49,16 @@ def method_of(base: Base, option: str, seed: int, trained_in: Mapping[str, float
     source = place.name if place else None
     if name in UNTRAINED:
         spec = read_spec(place, method=name)
-        tuning = Tuning(spec.settings, seed) if isinstance(spec, FinetuneSpec) else None
-        return Method(name, spec.settings, tuning, source)
-    ready = find_ready(base, Spec(name, method_given=True), place)
-    if ready is None or ready.source is None:
+        ready: Tuning | Insertion | None = None
+        if isinstance(spec, FinetuneSpec):
+            ready = Tuning(spec.settings, seed)
+        elif isinstance(spec, MemitSpec):  # like an editor's training, its statistics are not counted as an edit's time
+            ready = prepare(base, name, spec.settings, stats_from=None, seed=seed, batch_size=STATS_BATCH)
+        return Method(name, spec.settings, ready, source)
+    trained = find_ready(base, Spec(name, method_given=True), place)
+    if trained is None or trained.source is None:
         raise EditorError(f"no {name} editor is installed or shipped for {base.name}; give one with {name}=DIR")
-    return Method(name, ready.settings, ready, source or "installed", trained_in.get(name))
+    return Method(name, trained.settings, trained, source or "installed", trained_in.get(name))
 
 
 def shift_of(base: Base, method: Method, facts: Sequence[Fact], *, seed: int, batch_size: int) -> Shift:

@@ -236,6 +236,23 @@ def test_a_spec_gives_an_untrained_method_its_settings(run: Run, tmp_path: Path)
     assert [row["method"]["settings"]["epochs"] for row in rows[-2:]] == [25, 1]
 
 
+def test_memit_and_its_kin(run: Run, quality: ModuleType, tiny_gpt2: Path, facts_file: Path, tmp_path: Path) -> None:
+    """Of facts with subjects; a file in which one has none is refused."""
+    spec, named = tmp_path / "spec.yaml", tmp_path / "named.jsonl"
+    spec.write_text("settings: {steps: 3, prefixes: 0, stats_tokens: 100, null_threshold: 0.5}\n")
+    named.write_text("".join(facts_file.read_text().splitlines(keepends=True)[:3]))
+    methods = [f"{name}={spec}" for name in ("memit", "rome", "alphaedit")]
+    options = [item for method in methods for item in ("--editor", method)]
+    command = [tiny_gpt2, "--facts", named, "--sizes", "3", "-o", tmp_path / "rows.jsonl", *options]
+    quality.main(list(map(str, command)))
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["method"]["name"] for row in rows] == ["base (no edit)", "memit", "rome", "alphaedit"]
+    assert [row["method"]["settings"]["constraint"] for row in rows[1:]] == ["least_squares", "equality", "null_space"]
+    assert all(row["relative_norm"] > 0 for row in rows[1:])
+    with pytest.raises(SystemExit, match="fact brazil:subject: missing"):
+        run("--editor", methods[0], sizes="4")
+
+
 @pytest.mark.parametrize(
     ("option", "said"),
     [("malmen", "no malmen editor"), ("mend=nowhere", "not found"), ("finetun", "did you mean 'finetune'")],
