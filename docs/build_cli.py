@@ -11,7 +11,7 @@ from typer import rich_utils
 
 from malmen_cli.cli.errors import main
 
-COMMANDS = ("", "apply", "train-editor", "eval", "diff", "facts", "facts check", "facts convert")
+COMMANDS = ("", "apply", "train-editor", "eval", "diff", "stats", "facts", "facts check", "facts convert")
 PAGE = Path(__file__).with_name("cli.md")
 WIDTH = 100
 

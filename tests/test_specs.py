@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from malmen_cli.editing.settings import FinetuneSettings, from_mapping
-from malmen_cli.editing.spec import KEYS, FinetuneSpec, Spec, read_spec
+from malmen_cli.editing.settings import FinetuneSettings, MemitSettings, from_mapping
+from malmen_cli.editing.spec import KEYS, FinetuneSpec, MemitSpec, Spec, read_spec
 from malmen_cli.facts.files import read_facts
 from malmen_cli.training.settings import TrainingSettings
 
@@ -44,6 +44,42 @@ def test_finetune_s_spec_has_every_setting_at_its_default() -> None:
     assert list(yaml.safe_load(text)["settings"]) == [field.name for field in fields(FinetuneSettings)]
     settings = text.partition("settings:\n")[2]
     assert all(" # " in line or line.strip() == "lr: 0.001" for line in settings.splitlines())
+
+
+def test_memit_s_spec_has_every_setting_at_its_default() -> None:
+    text = (FOLDER / "memit.yaml").read_text(encoding="utf-8")
+    assert read_spec(FOLDER / "memit.yaml") == MemitSpec(source=str(FOLDER / "memit.yaml"))
+    assert list(yaml.safe_load(text)["settings"]) == [field.name for field in fields(MemitSettings)]
+
+
+@pytest.mark.parametrize(("name", "constraint"), [("rome", "equality"), ("alphaedit", "null_space")])
+def test_memit_s_kin_have_specs(name: str, constraint: str) -> None:
+    spec = read_spec(FOLDER / f"{name}.yaml")
+    assert isinstance(spec, MemitSpec)
+    assert (spec.method, spec.settings.constraint) == (name, constraint)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "depth"),
+    [
+        ("gpt2-xl", range(13, 18), 48),
+        ("gptj", range(3, 9), 28),
+        ("llama3-8b", range(4, 9), 32),
+        ("qwen2.5-7b", range(4, 9), 28),
+    ],
+)
+def test_memit_s_family_specs(name: str, blocks: range, depth: int) -> None:
+    path = FOLDER / "memit" / f"{name}.yaml"
+    spec = read_spec(path)
+    assert isinstance(spec, MemitSpec)
+    assert spec.method == "memit"
+    assert spec.settings.blocks == tuple(blocks)
+    assert max(blocks) < depth - 1
+    assert path.read_text(encoding="utf-8").count(f"--spec edit_specs/memit/{name}.yaml") == 2
+
+
+def test_every_family_spec_of_memit_is_tested() -> None:
+    assert sorted(path.stem for path in (FOLDER / "memit").iterdir()) == ["gpt2-xl", "gptj", "llama3-8b", "qwen2.5-7b"]
 
 
 @pytest.mark.parametrize("path", FACTS, ids=lambda path: path.name)

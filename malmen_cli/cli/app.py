@@ -12,6 +12,7 @@ from malmen_cli.cli.apply import apply
 from malmen_cli.cli.diff import diff
 from malmen_cli.cli.eval import evaluate
 from malmen_cli.cli.facts import app as facts
+from malmen_cli.cli.stats import stats
 from malmen_cli.cli.train_editor import train_editor
 
 app = typer.Typer(
@@ -50,6 +51,7 @@ app.command("apply")(apply)
 app.command("train-editor")(train_editor)
 app.command("eval")(evaluate)
 app.command("diff")(diff)
+app.command("stats")(stats)
 app.add_typer(facts, name="facts")
 
 

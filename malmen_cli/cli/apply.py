@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from malmen_cli.base.model import Base
     from malmen_cli.edit import Plan, Ready, Tuning
     from malmen_cli.editing.shift import Shift
-    from malmen_cli.editing.spec import FinetuneSpec, Spec
+    from malmen_cli.editing.spec import FinetuneSpec, MemitSpec, Spec
     from malmen_cli.facts.fact import Fact
     from malmen_cli.facts.files import FactFile
+    from malmen_cli.insertion import Insertion
     from malmen_cli.scoring.report import Report
 
 SCORED_FACTS = 64  # scored after an edit; `malmen eval` scores them all
@@ -44,7 +45,8 @@ def apply(
         typer.Option(
             "--method",
             metavar="NAME",
-            help="malmen, mend, identity or finetune (no editor needed); by default the editor's own.",
+            help="malmen or mend; with no editor needed identity, finetune, memit, rome or alphaedit; by default the "
+            "editor's own.",
             show_default=False,
         ),
     ] = None,
@@ -52,6 +54,7 @@ def apply(
         Path | None,
         typer.Option("--spec", metavar="FILE", help="Settings in YAML (see edit_specs/).", show_default=False),
     ] = None,
+    stats_from: options.StatsFrom = None,
     format: Annotated[
         Literal["merged", "delta", "adapter"],
         typer.Option(
@@ -97,7 +100,7 @@ def apply(
     from malmen_cli.artifact.output import check_output
     from malmen_cli.base.locate import locate
     from malmen_cli.base.model import load_base
-    from malmen_cli.editing.spec import FinetuneSpec, read_spec
+    from malmen_cli.editing.spec import MemitSpec, Spec, read_spec
     from malmen_cli.exceptions import EditorError
     from malmen_cli.facts.files import read_facts
 
@@ -105,8 +108,10 @@ def apply(
     console = Console(quiet=quiet, verbose=verbose, json=json)
     settings = read_spec(spec, method=method)
     read = read_facts(facts, stdin=sys.stdin.buffer)
+    if stats_from is not None and not isinstance(settings, MemitSpec):
+        raise typer.BadParameter("--stats-from is for memit, rome and alphaedit: no other method uses statistics")
     if editor is not None:
-        if isinstance(settings, FinetuneSpec):
+        if not isinstance(settings, Spec):
             raise EditorError(f"{editor}: {settings.method} uses no editor; leave it out or choose another method")
         read_sealed(editor / DESCRIPTION)  # a folder that holds none is refused before the base is loaded
     folder = locate(base, revision=revision, note=console.note).folder
@@ -115,9 +120,9 @@ def apply(
     console.note(f"loading {base}")
     loaded = load_base(base, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if dry_run:
-        _dry_run(console, loaded, settings, read, editor, out, format, batch_size, force)
+        _dry_run(console, loaded, settings, read, editor, stats_from, out, format, batch_size, force)
         return
-    ready = _ready(console, loaded, settings, read.facts, editor, seed, batch_size)
+    ready = _ready(console, loaded, settings, read.facts, editor, stats_from, seed, batch_size)
     shift = _shift(console, loaded, ready, read.facts, batch_size)
     report = _score(console, loaded, ready, shift, read.facts[:score], batch_size, seed)
     document = _write(console, loaded, ready, shift, read, out, format, force, seed)
@@ -130,15 +135,20 @@ def apply(
 def _ready(
     console: Console,
     base: Base,
-    spec: Spec | FinetuneSpec,
+    spec: Spec | FinetuneSpec | MemitSpec,
     facts: Sequence[Fact],
     editor: Path | None,
+    stats_from: str | None,
     seed: int,
     batch_size: int,
-) -> Ready | Tuning:
+) -> Ready | Tuning | Insertion:
     from malmen_cli.edit import Tuning, calibrated_identity
-    from malmen_cli.editing.spec import FinetuneSpec
+    from malmen_cli.editing.spec import FinetuneSpec, MemitSpec
+    from malmen_cli.insertion import prepare
 
+    if isinstance(spec, MemitSpec):
+        given: dict[str, Any] = {"stats_from": stats_from, "seed": seed, "batch_size": batch_size}
+        return prepare(base, spec.method, spec.settings, facts, **given, note=console.note)
     if isinstance(spec, FinetuneSpec):
         return Tuning(spec.settings, seed)
     ready = _trained(base, spec, editor)
@@ -173,13 +183,18 @@ def _trained(base: Base, spec: Spec, editor: Path | None) -> Ready | None:
     return ready
 
 
-def _shift(console: Console, base: Base, ready: Ready | Tuning, facts: Sequence[Fact], batch_size: int) -> Shift:
+def _shift(
+    console: Console, base: Base, ready: Ready | Tuning | Insertion, facts: Sequence[Fact], batch_size: int
+) -> Shift:
     from malmen_cli.edit import Tuning, make_shift
+    from malmen_cli.insertion import Insertion
 
     passes = ready.settings.passes
     said = f"editing, {passes} passes over {len(facts)} facts" if passes > 1 else "editing"
     if isinstance(ready, Tuning):
         said = f"fine-tuning, at most {passes} epochs of {len(facts)} facts"
+    elif isinstance(ready, Insertion):
+        said = "finding targets"
     last = ""
 
     def note(text: str) -> None:
@@ -190,7 +205,7 @@ def _shift(console: Console, base: Base, ready: Ready | Tuning, facts: Sequence[
     with console.progress(said, len(facts) * passes) as progress:
         shift = make_shift(base, ready, facts, batch_size=batch_size, progress=progress.advance, note=note)
     if last:
-        console.note(f"fine-tuned: {last}")
+        console.note(f"{'fine-tuned' if isinstance(ready, Tuning) else ready.method}: {last}")
     return shift
 
 
@@ -225,7 +240,7 @@ def _score(
 def _write(
     console: Console,
     base: Base,
-    ready: Ready | Tuning,
+    ready: Ready | Tuning | Insertion,
     shift: Shift,
     read: FactFile,
     out: Path,
@@ -257,9 +272,10 @@ def _write(
 def _dry_run(
     console: Console,
     base: Base,
-    spec: Spec | FinetuneSpec,
+    spec: Spec | FinetuneSpec | MemitSpec,
     read: FactFile,
     editor: Path | None,
+    stats_from: str | None,
     out: Path,
     format: str,
     batch_size: int,
@@ -267,11 +283,16 @@ def _dry_run(
 ) -> None:
     from malmen_cli.artifact.output import check_disk, check_output, plan_bytes
     from malmen_cli.edit import plan
-    from malmen_cli.editing.spec import FinetuneSpec
+    from malmen_cli.editing.spec import FinetuneSpec, MemitSpec
 
     ready = None
-    if isinstance(spec, FinetuneSpec):
+    if isinstance(spec, MemitSpec):
         work: Plan = plan(base, read.facts, spec.settings, batch_size)
+        using = (
+            f"{spec.method}, at most {spec.settings.steps} steps a fact, {_statistics(base, spec, work, stats_from)}"
+        )
+    elif isinstance(spec, FinetuneSpec):
+        work = plan(base, read.facts, spec.settings, batch_size)
         using = f"fine-tuning, at most {spec.settings.epochs} epochs in batches of {spec.settings.batch_facts} facts"
     elif (ready := _trained(base, spec, editor)) is not None:
         work = plan(base, read.facts, ready.settings, batch_size)
@@ -305,3 +326,15 @@ def _dry_run(
             "disk_bytes": need,
         }
     )
+
+
+def _statistics(base: Base, spec: MemitSpec, work: Plan, stats_from: str | None) -> str:
+    """What a run would do for its key statistics."""
+    from malmen_cli.statistics import Text, counted, missing_statistics
+
+    text = Text(base, stats_from, spec.settings.stats_tokens)
+    missing = missing_statistics(base, list(work.modules), text)
+    where = f"{text.source['tokens']} tokens of {text.source['name']}"
+    if not missing:
+        return f"key statistics over {where} from the cache"
+    return f"key statistics of {counted(missing)} over {where} built first"

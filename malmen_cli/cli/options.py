@@ -29,6 +29,15 @@ Facts = Annotated[
         show_default=False,
     ),
 ]
+StatsFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--stats-from",
+        metavar="TEXT",
+        help="Text for memit's key statistics: a file, or a data set with a column text; by default the base's own.",
+        show_default=False,
+    ),
+]
 Revision = Annotated[
     str | None,
     typer.Option(

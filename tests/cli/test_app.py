@@ -14,7 +14,7 @@ import malmen_cli
 from malmen_cli.cli.errors import main
 
 HEAVY = ("torch", "transformers", "datasets", "numpy", "safetensors", "huggingface_hub", "tokenizers", "peft", "yaml")
-COMMANDS = ("apply", "train-editor", "eval", "diff", "facts check", "facts convert")
+COMMANDS = ("apply", "train-editor", "eval", "diff", "stats", "facts check", "facts convert")
 IDLE_SECONDS = 0.3
 
 
@@ -45,7 +45,7 @@ def test_help_lists_every_command_with_a_line(capsys: pytest.CaptureFixture[str]
     assert main(["--help"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    for command in ("apply", "train-editor", "eval", "diff", "facts"):
+    for command in ("apply", "train-editor", "eval", "diff", "stats", "facts"):
         assert re.search(rf"^│ {command} +[A-Z]\w+", out, re.MULTILINE), command
 
 

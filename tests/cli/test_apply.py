@@ -488,6 +488,133 @@ def test_training_an_editor_for_fine_tuning_is_exit_3(
         assert (printed.out, printed.err.splitlines()) == ("", [f"malmen: error: {said}"])
 
 
+# ---------------------------------------------------------------- MEMIT, ROME and AlphaEdit
+
+MEMITS = ("memit", "rome", "alphaedit")
+
+
+@pytest.fixture
+def named(tmp_path: Path, fact_records: list[dict[str, Any]]) -> Path:
+    """The facts that have subjects."""
+    path = tmp_path / "named.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in fact_records[:3]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Callable[[str], Path]:
+    """`far(method)`: a spec for a random model, in which little reads what a subject holds."""
+
+    def write(method: str) -> Path:
+        path = tmp_path / f"{method}.yaml"
+        settings = "lr: 0.3, clamp: 4.0, decay: 0.01, prefixes: 1, moment_weight: 1.0, ridge: 0.001, stats_tokens: 300"
+        settings += ", null_threshold: 0.5"
+        path.write_text(f"method: {method}\nsettings: {{{settings}}}\n", encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(("method", "format"), list(zip(MEMITS, LISTINGS, strict=True)))
+def test_memit_and_its_kin_end_to_end(
+    malmen: Malmen, tiny_gpt2: Path, tmp_path: Path, named: Path, far: Callable[[str], Path], method: str, format: str
+) -> None:
+    before = contents(tiny_gpt2)
+    result = malmen(tiny_gpt2, "--spec", far(method), "--format", format, "--json", facts=named)
+    found = document(result)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == LISTINGS[format]
+    assert contents(tiny_gpt2) == before
+    said = found["manifest"]
+    assert (said["method"]["name"], said["method"]["lr"]) == (method, 0.3)
+    assert (said["editor"], said["calibration"]) == (None, None)
+    assert said["statistics"] == {"name": "sampled", "tokens": 300, "dtype": "float32"}
+    assert {name: module["rank"] for name, module in said["modules"].items()} == {MODULES[0]: 3}
+    assert said["modules"][MODULES[0]]["norm"] > 0
+    lines = result.stderr.splitlines()
+    assert "key statistics of 1 module over 300 tokens of sampled: kept for next time" in lines
+    assert any(line.startswith("finding targets: ") for line in lines)
+    assert any(line.startswith(f"{method}: targets at ") for line in lines)
+    assert "no trained editor" not in result.stderr
+
+
+def test_memit_s_statistics_are_built_once(
+    malmen: Malmen, tiny_gpt2: Path, tmp_path: Path, named: Path, far: Callable[[str], Path]
+) -> None:
+    """And the second run, which reads them, leaves the same bytes."""
+    options = ["--spec", far("memit"), "--score", 0]
+    results = [malmen(tiny_gpt2, *options, facts=named, out=tmp_path / name) for name in ("a", "b")]
+    assert ["key statistics" in result.stderr for result in results] == [True, False]
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_memit_over_a_text_of_one_s_own(
+    malmen: Malmen, tiny_gpt2: Path, tmp_path: Path, named: Path, far: Callable[[str], Path]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The capital of France is Paris.\n" * 9, encoding="utf-8")
+    options = ["--spec", far("memit"), "--stats-from", text, "--json", "--score", 0]
+    said = document(malmen(tiny_gpt2, *options, facts=named))["manifest"]["statistics"]
+    assert said["name"] == "text.txt"
+    assert said["tokens"] < 300
+    assert len(said["sha256"]) == 64
+    text.write_text("", encoding="utf-8")
+    assert code(malmen(tiny_gpt2, *options, "--force", facts=named)) == 3
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_facts_without_subjects_are_named(
+    malmen: Malmen, tiny_gpt2: Path, tmp_path: Path, far: Callable[[str], Path], options: list[str]
+) -> None:
+    path = tmp_path / "bare.jsonl"
+    records = [{"id": f"f{i}", "prompt": f"Snow {i} is", "target": "Rome"} for i in range(30)]
+    records[4] |= {"subject": "Snow"}
+    records[5] |= {"subject": "Rain"}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    result = malmen(tiny_gpt2, "--spec", far("memit"), *options, facts=path)
+    assert code(result) == 3
+    error = result.exception
+    assert isinstance(error, FactsError)
+    assert (error.total, len(error.problems)) == (29, 20)
+    lines = str(error).splitlines()
+    assert lines[0].startswith('fact f0:subject: missing; the fact is edited at its last token (add "subject":')
+    assert lines[4] == "fact f5:subject: 'Rain' is not in the prompt (write it as the prompt does)"
+    assert "key statistics" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", MEMITS)
+def test_dry_run_of_memit_builds_nothing(
+    malmen: Malmen, tiny_gpt2: Path, tmp_path: Path, named: Path, far: Callable[[str], Path], method: str
+) -> None:
+    options = ["--spec", far(method), "--dry-run", "--json"]
+    result = malmen(tiny_gpt2, *options, facts=named)
+    found = document(result)
+    assert (found["editor"], found["modules"], found["rows"]) == (None, {MODULES[0]: [64, 32]}, 3)
+    assert f"with {method}, at most 25 steps a fact, " in result.stderr
+    assert "key statistics of 1 module over 300 tokens of sampled built first" in result.stderr
+    assert "exact factors of rank 3" in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert not (Path(os.environ["MALMEN_HOME"]) / "statistics").exists()
+    assert code(malmen(tiny_gpt2, "--spec", far(method), "--score", 0, facts=named)) == 0
+    assert "over 300 tokens of sampled from the cache" in malmen(tiny_gpt2, *options, "--force", facts=named).stderr
+
+
+@pytest.mark.parametrize("method", MEMITS)
+def test_memit_with_an_editor_is_exit_4(
+    malmen: Malmen, tiny_gpt2: Path, editor: Callable[..., Path], method: str
+) -> None:
+    result = malmen(tiny_gpt2, "--method", method, "--editor", editor())
+    assert (code(result), result.stdout) == (4, "")
+    assert str(result.exception).endswith(f"{method} uses no editor; leave it out or choose another method")
+
+
+@pytest.mark.parametrize("method", ["malmen", "identity", "finetune"])
+def test_statistics_for_a_method_without_them_are_exit_2(malmen: Malmen, tiny_gpt2: Path, method: str) -> None:
+    result = malmen(tiny_gpt2, "--method", method, "--stats-from", "text.txt")
+    assert code(result) == 2
+    assert "--stats-from is for memit, rome and alphaedit" in result.output
+
+
 # ---------------------------------------------------------------- which editor
 
 
@@ -619,6 +746,8 @@ def test_force_replaces_what_malmen_wrote(malmen: Malmen, tiny_gpt2: Path, tmp_p
         ("settings: {modules: [nothing.here]}", 3),
         ("{method: finetune, settings: {block: 2}}", 3),
         ("{method: finetune, settings: {rank: 4}}", 3),
+        ("{method: memit, settings: {blocks: [1]}}", 3),
+        ("{method: rome, settings: {blocks: [0, 1]}}", 3),
     ],
 )
 def test_bad_specs_are_exit_3(malmen: Malmen, tiny_gpt2: Path, tmp_path: Path, text: str, expected: int) -> None:

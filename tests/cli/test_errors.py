@@ -35,6 +35,7 @@ COMMANDS = {
     "train-editor": ["train-editor", "base", "facts.jsonl"],
     "eval": ["eval", "model", "facts.jsonl"],
     "diff": ["diff", "a", "b"],
+    "stats": ["stats", "base"],
     "check": ["facts", "check", "facts.jsonl"],
     "convert": ["facts", "convert", "facts.jsonl"],
 }

@@ -66,7 +66,7 @@ def test_every_command_of_the_readme_in_order(project: Path, tiny_gpt2: Path) ->
         script = re.sub(r"(malmen train-editor .*)", r"\1 --steps 2 --facts-per-step 4", script)
         done = run(script, project)
         assert done.returncode == 0, f"{script}\n{done.stderr}"
-    for output in ("edited", "delta", "adapter", "better"):
+    for output in ("edited", "delta", "adapter", "inserted", "better"):
         assert (project / output / "malmen.json").is_file(), output
     assert not (project / "elsewhere").exists()
 
