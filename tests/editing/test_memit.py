@@ -228,10 +228,48 @@ def test_edits_make_their_facts_likelier_and_leave_the_model_bitwise(load: Load,
     assert shift.row_facts == ()
     assert shift.residual < 1e-9
     assert sum(counted) == 4
-    assert notes[0].startswith("targets at ")
+    assert notes[-1].startswith("targets at ")
+    assert [note.partition("; block ")[2] for note in notes] == [*map(str, settings.blocks or ()), ""]
     before = loss(base, facts)
     with applied(base.model, shift):
         assert loss(base, facts) < before - 0.2
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_a_base_in_half_precision(load: Load, constraint: str) -> None:
+    base = load("llama", layers=4, dtype="bfloat16")
+    facts, settings = wordings(base), settings_of(constraint)
+    weights = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    shift = insert(base, facts, settings)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in base.model.state_dict().items())
+    assert all(module.matrix().dtype == torch.float32 for module in shift.modules.values())
+    before = loss(base, facts)
+    with applied(base.model, shift):
+        assert loss(base, facts) < before - 0.2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_cpu_and_cuda_shifts_agree(load: Load, tiny_model_factory: Callable[..., Any], constraint: str) -> None:
+    from malmen_cli.base.model import load_base
+
+    here, there = load("gpt2", layers=4), load_base(str(tiny_model_factory("gpt2", layers=4)), device="cuda")
+    settings = settings_of(constraint, steps=5)
+    names = memit_modules(here.model, settings)
+    known = statistics(here, names)
+    kept = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        mine, theirs = (
+            Memit(settings, known).shift(base, names, wordings(base, 4, ("Snow is white",)), batch_size=8)
+            for base in (here, there)
+        )
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = kept
+    for name, module in mine.modules.items():
+        found, wanted = theirs.modules[name].matrix(), module.matrix()
+        assert not found.is_cuda
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3 * float(wanted.abs().max()))  # steps of Adam
 
 
 def test_a_residual_that_nothing_holds_back_is_taken_up_whole(load: Load) -> None:

@@ -136,6 +136,27 @@ def test_a_fact_that_is_done_stops_changing_and_leaves_the_batch(load: Load, mon
     assert sizes[-1] < sizes[0] == 5
 
 
+def test_the_blocks_in_front_run_once_for_a_chunk(load: Load) -> None:
+    """Once for what the states and the base's answers are taken from, once for the other prompts, then never again."""
+    base = load("llama", layers=4)
+    runs: dict[int, int] = {0: 0, 2: 0, 3: 0}
+    runner = Runner(base, 2)
+
+    def counted(block: int):
+        def hook(*_):
+            runs[block] += 1
+
+        return hook
+
+    handles = [base.model.model.layers[i].mlp.down_proj.register_forward_hook(counted(i)) for i in runs]
+    found = find_targets(runner, 2, wordings(base), SETTINGS, batch_size=64)
+    for handle in handles:
+        handle.remove()
+    steps = int(found.steps.max())
+    assert steps == SETTINGS.steps
+    assert runs == {0: 2, 2: steps + 2, 3: steps + 2}
+
+
 @pytest.mark.parametrize("clamp", [0.05, 0.5])
 def test_the_clamp_holds(load: Load, clamp: float) -> None:
     base = load("llama", layers=4)

@@ -100,18 +100,20 @@ class Memit:
         targets = find_targets(
             Runner(base, blocks[-1]), blocks[-1], facts, self.settings, batch_size=batch_size, progress=progress
         )
-        mean = float(targets.losses.mean())
-        note(f"targets at {mean:.3f} nats a token, after at most {int(targets.steps.max())} steps")
+        loss, steps = float(targets.losses.mean()), int(targets.steps.max())
+        said = f"targets at {loss:.3f} nats a token, after at most {steps} steps"
         runner = Runner(base, blocks[0])
         modules: dict[str, ModuleShift] = {}
         residuals = []
         for left, name in zip(range(len(names), 0, -1), names, strict=True):
+            note(f"{said}; block {block_index(base.model, name)}")
             solver = self._solver(base, name, len(facts))
             with applied(base.model, Shift(modules)):
                 for rows, keys, hidden in _keys(runner, facts, name, blocks[-1], batch_size):
                     solver.add(keys, (targets.states[rows] - hidden) / left)
             modules[name], residual = solver.finish(weight_layout(base.model.get_submodule(name)))
             residuals.append(residual)
+        note(said)
         shift = Shift(modules, residual=max(residuals))
         shift.check_finite()
         for residual in residuals:
