@@ -235,6 +235,31 @@ def test_edits_make_their_facts_likelier_and_leave_the_model_bitwise(load: Load,
         assert loss(base, facts) < before - 0.2
 
 
+def test_the_way_is_spread_over_the_blocks_by_what_is_left(load: Load) -> None:
+    """Algorithm 1 written out: an equal share of what is still missing, keys and states of the model edited so far."""
+    base = load("gpt2", layers=4)
+    facts, settings = wordings(base), settings_of("least_squares", blocks=(0, 1, 2))
+    names = memit_modules(base.model, settings)
+    known = statistics(base, names)
+    wanted_states = find_targets(Runner(base, 2), 2, facts, settings, batch_size=32).states
+    found = Memit(settings, known).shift(base, names, facts, batch_size=32)
+    done: dict[str, ModuleShift] = {}
+    for left, name in ((3, names[0]), (2, names[1]), (1, names[2])):
+        keys, states = [], []
+        with applied(base.model, Shift(done)):
+            for fact in facts:
+                ids, place = torch.tensor([fact.contexts[0].ids]), fact.contexts[0].subject
+                keys.append(next(all_keys(Runner(base), fact.contexts[:1], [name], 1))[name][place])
+                states.append(base.model(ids, output_hidden_states=True).hidden_states[3][0, place])
+        stacked, missing = torch.stack(keys).double(), (wanted_states - torch.stack(states)).double()
+        moment = known.moments[name].double()
+        floor = FLOOR * moment.trace() / len(moment) * torch.eye(len(moment), dtype=torch.float64)
+        matrix = torch.linalg.solve(moment + floor + stacked.T @ stacked, stacked.T @ missing / left)
+        done[name] = ModuleShift(IN_OUT, dense=matrix.float())
+        shift = found.modules[name].matrix()
+        torch.testing.assert_close(shift, matrix.float(), rtol=0, atol=1e-4 * float(matrix.abs().max()))  # fp32 states
+
+
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 def test_a_base_in_half_precision(load: Load, constraint: str) -> None:
     base = load("llama", layers=4, dtype="bfloat16")
