@@ -212,7 +212,7 @@ def _shift(
 def _score(
     console: Console,
     base: Base,
-    ready: Ready | Tuning,
+    ready: Ready | Tuning | Insertion,
     shift: Shift,
     facts: Sequence[Fact],
     batch_size: int,
