@@ -15,7 +15,7 @@ from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing.capture import all_keys, fact_loss
 from malmen_cli.editing.constraints import FLOOR, Chain, Ridge, penalty
-from malmen_cli.editing.methods.memit import Memit, _keys, memit_modules
+from malmen_cli.editing.methods.memit import Memit, _keys, memit_modules, written_blocks
 from malmen_cli.editing.replay import Runner, make_batch
 from malmen_cli.editing.settings import MemitSettings, from_mapping
 from malmen_cli.editing.shift import IN_OUT, ModuleShift, Shift, applied
@@ -359,10 +359,10 @@ def test_a_base_of_nan_is_named(load: Load) -> None:
 @pytest.mark.parametrize(
     ("layers", "given", "blocks"),
     [
-        (12, {}, [7, 8, 9, 10]),
-        (12, {"constraint": "equality"}, [7]),
+        (12, {}, [4, 5, 6, 7, 8]),
+        (12, {"constraint": "equality"}, [4]),
         (12, {"blocks": (5, 3, 3)}, [3, 5]),
-        (4, {}, [2]),  # the last block is MALMEN's, not MEMIT's
+        (4, {}, [1, 2]),
         (2, {}, [0]),
         (4, {"modules": ("*.[12].mlp.c_proj",)}, [1, 2]),
         (4, {"modules": ("*.1.attn.c_proj",)}, [1]),
@@ -372,6 +372,15 @@ def test_which_matrices(load: Load, layers: int, given: dict[str, Any], blocks: 
     leaf = "attn.c_proj" if "attn" in str(given) else "mlp.c_proj"
     found = memit_modules(load("gpt2", layers=layers).model, MemitSettings(**given))
     assert found == [f"transformer.h.{block}.{leaf}" for block in blocks]
+
+
+@pytest.mark.parametrize(
+    ("depth", "first", "last"), [(1, 0, 0), (2, 0, 0), (3, 1, 1), (12, 4, 8), (28, 9, 13), (30, 10, 14), (48, 16, 20)]
+)
+def test_facts_are_written_from_a_third_of_the_depth_and_never_into_the_last_block(
+    depth: int, first: int, last: int
+) -> None:
+    assert written_blocks(depth) == list(range(first, last + 1))
 
 
 @pytest.mark.parametrize(

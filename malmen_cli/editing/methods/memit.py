@@ -17,7 +17,6 @@ from malmen_cli.base.families import (
     block_list,
     chosen_modules,
     default_modules,
-    edited_blocks,
     matrix_shape,
 )
 from malmen_cli.base.memory import halving
@@ -34,10 +33,23 @@ from malmen_cli.editing.targets import Wordings, find_targets
 from malmen_cli.exceptions import NumericsError, SpecError
 
 
+WRITTEN = 5  # blocks that share a fact, as in most of the published settings
+
+
+def written_blocks(depth: int) -> list[int]:
+    """The blocks that take facts up by default: WRITTEN from a third of the depth on.
+
+    What a subject holds has to be read by attention further on: behind nine tenths of the depth nothing does any more.
+    """
+    first = min(round(depth / 3), max(0, depth - 2))
+    return list(range(first, max(first + 1, min(first + WRITTEN, depth - 1))))
+
+
 def memit_modules(model: Any, settings: MemitSettings) -> list[str]:
     """The matrices that the settings name, one a block, in the order of the blocks.
 
-    By default those of MALMEN, but never of the last block: nothing behind it reads what is written at the subject.
+    By default the second MLP matrices of `written_blocks`. The last block is refused: nothing behind it reads what is
+    written at the subject.
     Raises SpecError for that block, one there is not, two matrices in one block, several where `equality` takes one,
     and a matrix that does not write to the residual stream.
     """
@@ -46,7 +58,7 @@ def memit_modules(model: Any, settings: MemitSettings) -> list[str]:
     if settings.modules:
         names = chosen_modules(model, settings.modules)
     else:
-        blocks = settings.blocks or [b for b in edited_blocks(depth) if b < depth - 1] or [max(0, depth - 2)]
+        blocks = settings.blocks or written_blocks(depth)
         if max(blocks) >= depth:
             raise SpecError(f"blocks: the model has blocks 0 to {depth - 1}, not {max(blocks)}")
         names = [default_modules(model, depth - block)[0] for block in sorted(set(blocks))]
