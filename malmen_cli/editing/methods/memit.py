@@ -32,7 +32,6 @@ from malmen_cli.editing.statistics import Statistics
 from malmen_cli.editing.targets import Wordings, find_targets
 from malmen_cli.exceptions import NumericsError, SpecError
 
-
 WRITTEN = 5  # blocks that share a fact, as in most of the published settings
 
 
