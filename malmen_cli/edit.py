@@ -17,7 +17,7 @@ from malmen_cli import __version__
 from malmen_cli.artifact.editors import find_editor, load_editor
 from malmen_cli.base.families import block_index, chosen_modules, matrix_shape
 from malmen_cli.base.model import Base
-from malmen_cli.base.prompts import Encoded, encode
+from malmen_cli.base.prompts import Encoded, encode, encode_each
 from malmen_cli.editing.capture import row_count
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.methods.finetune import Finetune, tuned_module
@@ -29,7 +29,7 @@ from malmen_cli.editing.shift import Shift, applied
 from malmen_cli.editing.spec import Spec
 from malmen_cli.exceptions import EditorError, SpecError
 from malmen_cli.facts.fact import Fact
-from malmen_cli.insertion import Insertion, collected, encode_wordings, memit_shift
+from malmen_cli.insertion import Insertion, encode_wordings, memit_shift
 from malmen_cli.training.calibration import Calibration, calibrate, preserve
 from malmen_cli.training.facts import Example, encode_examples
 from malmen_cli.training.objective import References, sampled_texts
@@ -90,7 +90,7 @@ class Plan:
 def encode_edits(base: Base, facts: Sequence[Fact], *, end_of_text: bool) -> list[Encoded]:
     """Every fact's edit as tokens. Raises FactsError naming each fact that has none or too many."""
     options: dict[str, Any] = {"end_of_text": end_of_text, "room": base.room}
-    return collected(
+    return encode_each(
         facts, lambda fact: encode(base.tokenizer, fact.prompt, fact.target, subject=fact.subject, **options)
     )
 

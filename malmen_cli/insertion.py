@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
 
 from malmen_cli.base.model import Base
+from malmen_cli.base.prompts import encode_each
 from malmen_cli.editing.methods.memit import Memit, memit_modules
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import MemitSettings
 from malmen_cli.editing.shift import Shift
 from malmen_cli.editing.statistics import Statistics
 from malmen_cli.editing.targets import Wordings, wordings_of
-from malmen_cli.exceptions import FactsError, Problem
 from malmen_cli.facts.fact import Fact
 from malmen_cli.statistics import Text, gather_statistics
 from malmen_cli.training.objective import sampled_texts
-
-T = TypeVar("T")
-SHOWN = 20  # problems at once
 
 
 @dataclass(frozen=True)
@@ -37,26 +33,12 @@ class Insertion:
         return {**self.statistics.source, "tokens": self.statistics.tokens}
 
 
-def collected(facts: Sequence[Fact], encoded: Callable[[Fact], T]) -> list[T]:
-    """`encoded` of every fact. Raises FactsError with the problems of all facts together, each by the fact's id."""
-    found: list[T] = []
-    problems: list[Problem] = []
-    for fact in facts:
-        try:
-            found.append(encoded(fact))
-        except FactsError as error:
-            problems += [replace(problem, file=f"fact {fact.id}") for problem in error.problems]
-    if problems:
-        raise FactsError(problems[:SHOWN], total=len(problems))
-    return found
-
-
 def encode_wordings(
     base: Base, facts: Sequence[Fact], settings: MemitSettings, prefixes: Sequence[str] = ()
 ) -> list[Wordings]:
     """Every fact as its target is looked for. Raises FactsError naming each fact that cannot be, as for want of a
     subject."""
-    return collected(
+    return encode_each(
         facts,
         lambda fact: wordings_of(
             base.tokenizer,

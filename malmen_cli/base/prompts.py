@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from malmen_cli.exceptions import FactsError, Problem
+from malmen_cli.facts.fact import Fact
+from malmen_cli.facts.problems import ProblemLog
 
 # Scripts written without spaces: a target is joined to such a prompt directly.
 _UNSPACED = (("\u0e00", "\u0eff"), ("\u2e80", "\ua4cf"), ("\uf900", "\ufaff"), ("\uff00", "\uffef"))
 _ANCHOR = "A"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,20 @@ def subject_end(tokenizer: Any, prompt: str, subject: str, ids: tuple[int, ...])
     common = next((i for i, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), min(len(head), len(ids)))
     # Where the prompt departs from the shorter text, its token there runs on past the subject's end.
     return min(common, len(head) - 1, len(ids) - 1) if head else None
+
+
+def encode_each(facts: Sequence[Fact], encoded: Callable[[Fact], T]) -> list[T]:
+    """`encoded` of every fact. Raises FactsError naming every fact that it refuses, as many as a facts file would."""
+    log, found = ProblemLog("facts"), []
+    for fact in facts:
+        try:
+            found.append(encoded(fact))
+        except FactsError as error:
+            log.file = f"fact {fact.id}"
+            for problem in error.problems:
+                log.add(problem.line, problem.field, problem.message, problem.hint)
+    log.raise_if_any()
+    return found
 
 
 def check_room(length: int, room: int | None) -> None:

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from malmen_cli.base.prompts import Encoded, encode, encode_prompt
-from malmen_cli.exceptions import FactsError
+from malmen_cli.base.prompts import Encoded, encode, encode_each, encode_prompt
 from malmen_cli.facts.fact import Fact
 from malmen_cli.training.settings import TrainingSettings
 
@@ -29,19 +28,17 @@ class Example:
 def encode_examples(
     tokenizer: Any, facts: Sequence[Fact], *, end_of_text: bool, room: int | None = None
 ) -> list[Example]:
-    """Every fact's prompts as tokens. Raises FactsError naming the fact that has none, or more than `room`."""
-    examples = []
-    for fact in facts:
-        try:
-            edit, *rephrases = (
-                encode(tokenizer, prompt, fact.target, end_of_text=end_of_text, room=room, subject=fact.subject)
-                for prompt in (fact.prompt, *fact.rephrases)
-            )
-        except FactsError as error:
-            raise FactsError([replace(problem, file=f"fact {fact.id}") for problem in error.problems]) from error
+    """Every fact's prompts as tokens. Raises FactsError naming each fact that has none, or more than `room`."""
+
+    def encoded(fact: Fact) -> Example:
+        edit, *rephrases = (
+            encode(tokenizer, prompt, fact.target, end_of_text=end_of_text, room=room, subject=fact.subject)
+            for prompt in (fact.prompt, *fact.rephrases)
+        )
         probes = tuple(encode_prompt(tokenizer, probe.prompt) for probe in fact.locality)
-        examples.append(Example(edit, tuple(rephrases), probes))
-    return examples
+        return Example(edit, tuple(rephrases), probes)
+
+    return encode_each(facts, encoded)
 
 
 Cohort = tuple[Example, ...]

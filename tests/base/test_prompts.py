@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from malmen_cli.base.prompts import Encoded, by_length, encode, encode_prompt, join, subject_end
+from malmen_cli.base.prompts import Encoded, by_length, encode, encode_each, encode_prompt, join, subject_end
 from malmen_cli.exceptions import FactsError
+from malmen_cli.facts.fact import Fact
 
 KINDS = {"bytelevel": "gpt2", "metaspace": "llama"}
 WORDS = st.text("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", min_size=1, max_size=9)
@@ -351,6 +352,17 @@ def test_any_subject_is_found_in_the_prompt_or_not_at_all(
     ids = encode_prompt(tokenizer, prompt)
     found = subject_end(tokenizer, prompt.rstrip(), subject, ids)
     assert found is None or 0 <= found < len(ids)
+
+
+@pytest.mark.parametrize("bad", [1, 3, 25])
+def test_every_fact_that_cannot_be_encoded_is_named_up_to_twenty(tokenizer: Any, bad: int) -> None:
+    facts = [Fact(f"f{i}", "Snow is", " " if i % 2 else "white") for i in range(2 * bad)]
+    with pytest.raises(FactsError) as raised:
+        encode_each(facts, lambda fact: encode(tokenizer, fact.prompt, fact.target))
+    assert raised.value.total == bad
+    named = [f"fact f{2 * i + 1}:target: ' ' has no tokens for this tokenizer" for i in range(min(bad, 20))]
+    assert list(map(str, raised.value.problems)) == named
+    assert encode_each(facts[::2], lambda fact: fact.id) == [fact.id for fact in facts[::2]]
 
 
 # ---------------------------------------------------------------- batches

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded, encode, encode_prompt
+from malmen_cli.exceptions import FactsError
 from malmen_cli.facts.fact import Fact
 from malmen_cli.training.facts import Cohort, Draw, Example, cohorts, draw, encode_examples
 from malmen_cli.training.settings import TrainingSettings
@@ -43,6 +45,17 @@ def test_examples_are_the_facts_in_tokens(tiny_base: Base, make_facts: Callable[
         assert [r.answer for r in one.rephrases] == [one.edit.answer] * len(fact.rephrases)
         assert one.probes == tuple(encode_prompt(tokenizer, probe.prompt) for probe in fact.locality)
         assert one.wordings() == (one.edit, *one.rephrases)
+
+
+def test_every_fact_that_is_too_long_is_named_by_whichever_wording(
+    tiny_base: Base, make_facts: Callable[..., list[Fact]]
+) -> None:
+    facts = make_facts(4)
+    facts[1] = replace(facts[1], prompt=facts[1].prompt + " far" * 40)
+    facts[3] = replace(facts[3], rephrases=("far " * 40,))
+    with pytest.raises(FactsError) as raised:
+        encode_examples(tiny_base.tokenizer, facts, end_of_text=True, room=30)
+    assert [problem.file for problem in raised.value.problems] == [f"fact {facts[1].id}", f"fact {facts[3].id}"]
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 4), (4, 4), (5, 4), (32, 8), (33, 8), (7, 1)])
