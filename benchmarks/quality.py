@@ -42,8 +42,8 @@ from malmen_cli import __version__
 from malmen_cli.artifact.merged import measure
 from malmen_cli.base.model import Base, load_base
 from malmen_cli.base.prompts import Encoded
+from malmen_cli.base.sampling import sampled_texts
 from malmen_cli.cli.console import Console, Progress
-from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.shift import applied
 from malmen_cli.exceptions import MalmenError, MemoryLimitError, NumericsError
 from malmen_cli.facts.fact import Fact
@@ -54,7 +54,6 @@ from malmen_cli.scoring.metrics import bootstrap, harmonic_mean, mean_over_facts
 from malmen_cli.scoring.plot import plot_format
 from malmen_cli.scoring.protocols import Answers, collect
 from malmen_cli.scoring.report import SCORED
-from malmen_cli.training.objective import sampled_texts
 
 TEXTS, TOKENS = 64, 48  # of the base's own, whose perplexity tells what an edit did to everything else
 TEXTS_AT_ONCE = 16  # logits of every token times a large vocabulary: more would be gigabytes
@@ -120,7 +119,7 @@ class Bench:
     @cached_property
     def texts(self) -> list[Encoded]:
         """Text of the base's own; what it wrote is the answer, the random words it started from are the prompt."""
-        texts = sampled_texts(Runner(self.base), TEXTS, TOKENS, seed=self.seed)
+        texts = sampled_texts(self.base, TEXTS, TOKENS, seed=self.seed)
         return [Encoded(text.ids, len(text.ids) - TOKENS) for text in texts]
 
     @cached_property

@@ -18,6 +18,7 @@ from malmen_cli.artifact.editors import find_editor, load_editor
 from malmen_cli.base.families import block_index, chosen_modules, matrix_shape
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded, encode, encode_each
+from malmen_cli.base.sampling import sampled_texts
 from malmen_cli.editing.capture import row_count
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.methods.finetune import Finetune, tuned_module
@@ -32,7 +33,7 @@ from malmen_cli.facts.fact import Fact
 from malmen_cli.insertion import Insertion, encode_wordings, memit_shift
 from malmen_cli.training.calibration import Calibration, calibrate, preserve
 from malmen_cli.training.facts import Example, encode_examples
-from malmen_cli.training.objective import References, sampled_texts
+from malmen_cli.training.objective import References
 
 CALIBRATION_FACTS = 1024  # of the given facts, edited at once while an identity network's step is searched
 JUDGED_FACTS = 64  # of those, whose wordings and locality probes decide
@@ -206,7 +207,7 @@ def calibrated_identity(
     runner = Runner(base, min(block_index(base.model, name) for name in editor.names))
     sample = _spread(facts, CALIBRATION_FACTS)
     examples = encode_examples(base.tokenizer, sample, end_of_text=settings.end_of_text, room=base.room)
-    own = sampled_texts(runner, seed=seed)
+    own = sampled_texts(base, seed=seed)
     judged = examples[:JUDGED_FACTS]
     probes = [probe for example in judged for probe in example.probes[:1]] or [
         text.ids[: text.n_prompt] for text in own

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import encode_each
+from malmen_cli.base.sampling import sampled_texts
 from malmen_cli.editing.methods.memit import Memit, memit_modules
-from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import MemitSettings
 from malmen_cli.editing.shift import Shift
 from malmen_cli.editing.statistics import Statistics
 from malmen_cli.editing.targets import Wordings, wordings_of
 from malmen_cli.facts.fact import Fact
 from malmen_cli.statistics import Text, gather_statistics
-from malmen_cli.training.objective import sampled_texts
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def own_prefixes(base: Base, settings: MemitSettings, seed: int) -> tuple[str, .
     """Short texts sampled from the base, on one line each; what is nothing but white space is left out."""
     if not settings.prefixes:
         return ()
-    sampled = sampled_texts(Runner(base), settings.prefixes, settings.prefix_tokens, seed=seed)
+    sampled = sampled_texts(base, settings.prefixes, settings.prefix_tokens, seed=seed)
     texts = (base.tokenizer.decode(list(text.ids), skip_special_tokens=True) for text in sampled)
     return tuple(filter(None, (" ".join(str(text).split()) for text in texts)))
 

@@ -8,23 +8,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from malmen_cli.artifact.statistics import load_statistics, save_statistics
 from malmen_cli.base.families import matrix_shape
-from malmen_cli.base.model import Base, logits_at
+from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded
+from malmen_cli.base.sampling import sampled_windows
 from malmen_cli.base.texts import read_texts, windows
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.statistics import Statistics, second_moments
-from malmen_cli.exceptions import FactsError, NumericsError, OutputError, Problem
-from malmen_cli.training.objective import random_starts
+from malmen_cli.exceptions import FactsError, OutputError, Problem
 
 SAMPLED = "sampled"  # the name of the base's own text
-SAMPLED_LENGTH = 64  # tokens of each of its texts: long enough for words, short enough not to run in circles
-SAMPLED_AT_ONCE = 64
 
 Windows = list[tuple[int, ...]]
 
@@ -51,7 +48,7 @@ class Text:
 
     def windows(self) -> Windows:
         if self._windows is None:
-            self._windows = own_text(self._base, self._tokens)
+            self._windows = sampled_windows(self._base, self._tokens)
         return self._windows
 
 
@@ -110,39 +107,3 @@ def _kept(base: Base, names: Sequence[str], text: Text) -> dict[str, tuple[torch
         if kept is not None:
             found[name] = kept
     return found
-
-
-@torch.inference_mode()
-def own_text(base: Base, tokens: int) -> Windows:
-    """`tokens` tokens sampled from the base itself, at temperature 1, in texts of SAMPLED_LENGTH or less.
-
-    Always the same ones, whatever the seed of an edit, so that they are sampled once a base. Started as `sampled_texts`
-    starts them; with the model's own cache, as there are many. Raises NumericsError.
-    """
-    generator = torch.Generator().manual_seed(0)
-    length = min(SAMPLED_LENGTH, base.room or SAMPLED_LENGTH, tokens)
-    count = -(-tokens // length)
-    texts: list[list[int]] = [list(start[:length]) for start in random_starts(base, count, generator)]
-    for start in range(0, count, SAMPLED_AT_ONCE):
-        _write_on(base, texts[start : start + SAMPLED_AT_ONCE], length, generator)
-    texts[-1] = texts[-1][: tokens - length * (count - 1)]
-    return [tuple(text) for text in texts]
-
-
-def _write_on(base: Base, texts: Sequence[list[int]], length: int, generator: torch.Generator) -> None:
-    """Write texts of one length on to `length` tokens, each in place."""
-    rows = torch.arange(len(texts), device=base.device)
-    cache: Any = None
-    while len(texts[0]) < length:
-        ids = torch.tensor([text if cache is None else text[-1:] for text in texts], device=base.device)
-        mask = torch.ones(len(texts), len(texts[0]), dtype=torch.long, device=base.device)
-        past = {"past_key_values": cache} if cache is not None else {}
-        with logits_at(base.model, rows, torch.full_like(rows, ids.shape[1] - 1)) as gather:
-            output = base.model(input_ids=ids, attention_mask=mask, use_cache=True, **past)
-            logits = gather(output.logits).float()
-        cache = getattr(output, "past_key_values", None)
-        if not bool(torch.isfinite(logits).all()):
-            raise NumericsError("the base's logits are not finite; load it in another --dtype")
-        drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].tolist()
-        for text, token in zip(texts, drawn, strict=True):
-            text.append(token)

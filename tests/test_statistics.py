@@ -17,7 +17,7 @@ from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.statistics import second_moments
 from malmen_cli.exceptions import FactsError, OutputError
-from malmen_cli.statistics import SAMPLED_LENGTH, Text, gather_statistics, missing_statistics, own_text
+from malmen_cli.statistics import Text, gather_statistics, missing_statistics
 
 NAMES = [f"transformer.h.{i}.mlp.c_proj" for i in (0, 1)]
 
@@ -139,24 +139,3 @@ def test_a_text_of_nothing_is_refused(base: Base, tmp_path: Path) -> None:
     path.write_text(" \n\n", encoding="utf-8")
     with pytest.raises(FactsError, match=r"empty\.txt: holds no text"):
         Text(base, str(path), 60)
-
-
-@pytest.mark.parametrize("tokens", [1, 2, 50, SAMPLED_LENGTH * 2 + 5])
-def test_the_base_s_own_text(base: Base, tokens: int) -> None:
-    found = own_text(base, tokens)
-    assert sum(map(len, found)) == tokens
-    assert {len(ids) for ids in found[:-1]} <= {SAMPLED_LENGTH}
-    assert found == own_text(base, tokens)
-    assert all(0 <= token < 512 for ids in found for token in ids)
-
-
-def test_own_text_is_drawn_from_the_base_s_distribution(base: Base) -> None:
-    """Mean log-probability of the drawn tokens under the plain forward: minus the entropy, up to sampling noise."""
-    drawn, entropy = [], []
-    with torch.no_grad():
-        for ids in own_text(base, 40 * SAMPLED_LENGTH):
-            logp = base.model(torch.tensor([ids])).logits[0, 1:-1].double().log_softmax(-1)
-            drawn.append(logp.gather(-1, torch.tensor(ids[2:])[:, None])[:, 0])
-            entropy.append(-(logp.exp() * logp).sum(-1))
-    gap = torch.cat(drawn) + torch.cat(entropy)
-    assert abs(float(gap.mean())) < 4 * float(gap.std()) / len(gap) ** 0.5

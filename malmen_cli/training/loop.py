@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded
+from malmen_cli.base.sampling import sampled_texts
 from malmen_cli.editing.capture import edit_rows
 from malmen_cli.editing.editor import Editor, compact
 from malmen_cli.editing.methods.malmen import Captured, Malmen, gather
@@ -27,7 +29,7 @@ from malmen_cli.editing.shift import Shift, applied
 from malmen_cli.exceptions import NumericsError
 from malmen_cli.training.calibration import Calibration, calibrate, preserve
 from malmen_cli.training.facts import Cohort, Draw, Example, cohorts, draw
-from malmen_cli.training.objective import MetaLoss, References, meta_loss, sampled_texts
+from malmen_cli.training.objective import MetaLoss, References, meta_loss
 from malmen_cli.training.settings import TrainingSettings
 from malmen_cli.training.validation import Validation, validate
 
@@ -98,8 +100,8 @@ class Trainer:
         self.cohorts = cohorts(self.train, min(COHORT, settings.meta_facts, *settings.facts_per_step), seed)
         self.references = References(runner, settings.continuation, batch_size)
         own = not all(any(e.probes for e in group) for group in (*self.cohorts, self.valid))
-        self._own_text = own_text(runner, seed) if own else []
-        self.references.keep_company(self._own_text)
+        self._own_probes = own_probes(runner.base, seed) if own else []
+        self.references.keep_company(self._own_probes)
         for group in (*self.cohorts, *cohorts(self.valid, batch_size, seed)):
             self._keep_company(group)
 
@@ -111,7 +113,7 @@ class Trainer:
         # From the back: the facts that are judged in training come from the front. With probes, where there are any.
         held = [group for group in self.cohorts if any(example.probes for example in group)] or self.cohorts
         chosen = [example for group in reversed(held) for example in group][: self.settings.calibration_facts]
-        references = self.references.of([p for e in chosen for p in e.probes[:1]] or self._own_text)
+        references = self.references.of([p for e in chosen for p in e.probes[:1]] or self._own_probes)
         self.calibration = calibrate(
             self.editor,
             self.runner,
@@ -152,7 +154,7 @@ class Trainer:
 
     def validate(self) -> Validation:
         """Scores of one edit of all validation facts with the present editor."""
-        references = self.references.of([p for e in self.valid for p in e.probes[:1]] or self._own_text)
+        references = self.references.of([p for e in self.valid for p in e.probes[:1]] or self._own_probes)
         shift, _ = self._edit([e.edit for e in self.valid])
         with applied(self.runner.model, shift):
             ends = self.runner.base.tokenizer.eos_token_id is not None
@@ -225,7 +227,7 @@ class Trainer:
     def _learn(self, drawn: Draw) -> tuple[MetaLoss, bool]:
         """One step: edit, judge under the edit, pull the meta-gradient back through the solve, and update."""
         editor = self.editor
-        references = self.references.of(drawn.probes or self._own_text[: len(drawn.wordings)])
+        references = self.references.of(drawn.probes or self._own_probes[: len(drawn.wordings)])
         shift, passes = self._edit(drawn.edits)
         with applied(self.runner.model, shift):
             loss = meta_loss(
@@ -290,9 +292,9 @@ class Trainer:
         return random_sample(prompts, self.settings.preserved_prompts, self.seed)
 
 
-def own_text(runner: Runner, seed: int) -> list[tuple[int, ...]]:
+def own_probes(base: Base, seed: int) -> list[tuple[int, ...]]:
     """Prompts of the base's own sampled text, the locality probes of facts that bring none."""
-    return [text.ids[: text.n_prompt] for text in sampled_texts(runner, seed=seed)]
+    return [text.ids[: text.n_prompt] for text in sampled_texts(base, seed=seed)]
 
 
 def random_sample(items: Sequence[Any], size: int, seed: int) -> list[Any]:

@@ -16,15 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded, by_length
 from malmen_cli.editing.capture import fact_loss, weight_gradients
 from malmen_cli.editing.replay import Batch, Runner
-from malmen_cli.exceptions import NumericsError
 from malmen_cli.scoring.decoder import DecoderOnly
-
-SAMPLED_TEXTS = 32  # of the base, where facts bring no locality probes
-SAMPLED_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -127,35 +122,3 @@ def meta_loss(
         locality_weight / max(len(references), 1),
     )
     return MetaLoss(learned, moved, sums)
-
-
-@torch.no_grad()
-def sampled_texts(
-    runner: Runner, count: int = SAMPLED_TEXTS, tokens: int = SAMPLED_TOKENS, *, seed: int = 0
-) -> list[Encoded]:
-    """Text sampled from the base itself, so that nothing has to be downloaded: plain prompts of `tokens` tokens.
-
-    Started from the tokenizer's first special token and random words of its vocabulary.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    texts = [list(start) for start in random_starts(runner.base, count, generator)]
-    for _ in range(tokens):
-        logits, _batch = runner.logits([Encoded((*text, 0), len(text)) for text in texts], keep=False)
-        if not bool(torch.isfinite(logits).all()):
-            raise NumericsError("the base's logits are not finite; load it in another --dtype")
-        drawn = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)[:, 0].tolist()
-        for text, token in zip(texts, drawn, strict=True):
-            text.append(token)
-    return [Encoded(tuple(text), max(1, len(text) // 2)) for text in texts]
-
-
-def random_starts(base: Base, count: int, generator: torch.Generator) -> list[tuple[int, ...]]:
-    """What sampled texts begin with, each of the same length."""
-    vocabulary = base.model.get_input_embeddings().num_embeddings
-    special = set(base.tokenizer.all_special_ids)
-    starts: list[tuple[int, ...]] = []
-    while len(starts) < count:
-        token = int(torch.randint(min(vocabulary, len(base.tokenizer)), (1,), generator=generator))
-        if token not in special:
-            starts.append((token,) if base.tokenizer.bos_token_id is None else (base.tokenizer.bos_token_id, token))
-    return starts

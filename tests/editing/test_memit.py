@@ -13,6 +13,7 @@ from torch import Tensor
 import malmen_cli.editing.methods.memit as memit_module
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded
+from malmen_cli.base.sampling import sampled_windows
 from malmen_cli.editing.capture import all_keys, fact_loss
 from malmen_cli.editing.constraints import FLOOR, Chain, Ridge, penalty
 from malmen_cli.editing.methods.memit import Memit, _keys, memit_modules, written_blocks
@@ -22,7 +23,6 @@ from malmen_cli.editing.shift import IN_OUT, ModuleShift, Shift, applied
 from malmen_cli.editing.statistics import Statistics, second_moments
 from malmen_cli.editing.targets import Wordings, find_targets, wordings_of
 from malmen_cli.exceptions import NumericsError, SpecError
-from malmen_cli.statistics import own_text
 
 Load = Callable[..., Base]
 DK, DV = 12, 7
@@ -54,7 +54,7 @@ def wordings(base: Base, count: int = 4, prefixes: tuple[str, ...] = ()) -> list
 
 
 def statistics(base: Base, names: list[str]) -> Statistics:
-    texts = [Encoded(ids, len(ids)) for ids in own_text(base, 600)]
+    texts = [Encoded(ids, len(ids)) for ids in sampled_windows(base, 600)]
     return Statistics(second_moments(Runner(base), texts, names, 16), 600)
 
 

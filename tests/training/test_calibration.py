@@ -12,6 +12,7 @@ import torch
 
 import malmen_cli.training.calibration as calibration_module
 from malmen_cli.base.model import Base
+from malmen_cli.base.sampling import sampled_texts
 from malmen_cli.editing.capture import PROMPT_END, SUBJECT, all_keys, edit_rows
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.methods.malmen import Malmen, gather
@@ -32,7 +33,7 @@ from malmen_cli.training.calibration import (
     scaled,
 )
 from malmen_cli.training.facts import Example, encode_examples
-from malmen_cli.training.objective import MetaLoss, References, meta_loss, sampled_texts
+from malmen_cli.training.objective import MetaLoss, References, meta_loss
 
 Setup = tuple[Editor, Runner, list[Example]]
 MakeSetup = Callable[..., Setup]
@@ -375,7 +376,7 @@ def test_calibration_does_not_depend_on_batches_or_the_order_of_facts(setup: Mak
 
 def test_preserved_keys_are_the_second_moment_of_every_real_token(setup: MakeSetup) -> None:
     editor, runner, _ = setup(preserved_rank=64)
-    texts = sampled_texts(runner, 5, 7, seed=0) + sampled_texts(runner, 5, 2, seed=1)
+    texts = sampled_texts(runner.base, 5, 7, seed=0) + sampled_texts(runner.base, 5, 2, seed=1)
     preserve(editor, runner, texts, 3)
     group = editor.groups[0]
     keys = torch.cat([group.stack(part) for part in all_keys(runner, texts, editor.names, 100)], 1)
@@ -387,7 +388,7 @@ def test_preserved_keys_are_the_second_moment_of_every_real_token(setup: MakeSet
 @pytest.mark.parametrize("settings", [{"preserved_rank": 0}, {"aggregation": "sum"}])
 def test_none_are_preserved_where_they_have_no_part(setup: MakeSetup, settings: dict[str, Any]) -> None:
     editor, runner, _ = setup(**settings)
-    preserve(editor, runner, sampled_texts(runner, 2, 3), 2)
+    preserve(editor, runner, sampled_texts(runner.base, 2, 3), 2)
     assert editor.groups[0].preserved.energies.numel() == 0
 
 

@@ -16,7 +16,7 @@ from malmen_cli.editing.replay import Runner, make_batch
 from malmen_cli.editing.shift import IN_OUT, ModuleShift, Shift, applied
 from malmen_cli.facts.fact import Fact
 from malmen_cli.training.facts import encode_examples
-from malmen_cli.training.objective import SAMPLED_TOKENS, References, meta_loss, sampled_texts
+from malmen_cli.training.objective import References, meta_loss
 
 MODULE = "transformer.h.1.mlp.c_proj"
 MakeFacts = Callable[..., list[Fact]]
@@ -149,25 +149,3 @@ def test_gradients_are_those_of_the_weighted_loss(
             weight.requires_grad_(False)
     assert found.total(0.7) == pytest.approx(float(loss.detach()), rel=1e-4)
     assert float((found.gradients[MODULE] - expected).norm() / expected.norm()) < 1e-4
-
-
-# ---------------------------------------------------------------- the base's own text
-
-
-def test_sampled_text(tiny_base: Base) -> None:
-    runner = Runner(tiny_base, 1)
-    texts = sampled_texts(runner, 5, seed=1)
-    assert [len(text.ids) for text in texts] == [2 + SAMPLED_TOKENS] * 5
-    assert all(text.ids[0] == tiny_base.tokenizer.bos_token_id for text in texts)
-    assert all(text.ids[1] not in tiny_base.tokenizer.all_special_ids for text in texts)
-    assert all(text.n_prompt == (2 + SAMPLED_TOKENS) // 2 for text in texts)
-    state = torch.get_rng_state()
-    assert sampled_texts(Runner(tiny_base), 5, seed=1) == texts
-    assert sampled_texts(runner, 5, seed=2) != texts
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_sampled_text_of_a_tokenizer_without_a_beginning(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tiny_base.tokenizer._special_tokens_map, "bos_token", None)
-    assert tiny_base.tokenizer.bos_token_id is None
-    assert [len(text.ids) for text in sampled_texts(Runner(tiny_base), 2, 3)] == [4, 4]
