@@ -15,22 +15,20 @@ import transformers
 
 from malmen_cli import __version__
 from malmen_cli.artifact.editors import find_editor, load_editor
-from malmen_cli.base.families import block_index, chosen_modules, matrix_shape
+from malmen_cli.base.families import block_index
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded, encode, encode_each
 from malmen_cli.base.sampling import sampled_texts
-from malmen_cli.editing.capture import row_count
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.methods.finetune import Finetune, tuned_module
 from malmen_cli.editing.methods.malmen import Malmen
-from malmen_cli.editing.methods.memit import memit_modules
-from malmen_cli.editing.replay import CACHE_BYTES, Runner
-from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings, from_mapping
+from malmen_cli.editing.replay import Runner
+from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, from_mapping
 from malmen_cli.editing.shift import Shift, applied
-from malmen_cli.editing.spec import Spec
+from malmen_cli.editing.spec import FinetuneSpec, MemitSpec, Spec
 from malmen_cli.exceptions import EditorError, SpecError
 from malmen_cli.facts.fact import Fact
-from malmen_cli.insertion import Insertion, encode_wordings, memit_shift
+from malmen_cli.insertion import Insertion, memit_shift, prepare
 from malmen_cli.training.calibration import Calibration, calibrate, preserve
 from malmen_cli.training.facts import Example, encode_examples
 from malmen_cli.training.objective import References
@@ -69,25 +67,6 @@ class Tuning:
     method: str = "finetune"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What an edit would take, before anything heavy is done. Bytes are estimates."""
-
-    modules: dict[str, tuple[int, int]]
-    facts: int
-    tokens: int
-    rows: int
-    memory: int
-    passes: int = 1
-    tuned: bool = False  # by gradient steps, each of full rank
-
-    @property
-    def rank(self) -> int | None:
-        """Columns of every module's exact factors; None where the shift will be dense."""
-        rank = self.rows * self.passes
-        return rank if not self.tuned and all(rank <= dk for dk, _ in self.modules.values()) else None
-
-
 def encode_edits(base: Base, facts: Sequence[Fact], *, end_of_text: bool) -> list[Encoded]:
     """Every fact's edit as tokens. Raises FactsError naming each fact that has none or too many."""
     options: dict[str, Any] = {"end_of_text": end_of_text, "room": base.room}
@@ -96,59 +75,55 @@ def encode_edits(base: Base, facts: Sequence[Fact], *, end_of_text: bool) -> lis
     )
 
 
-def plan(
-    base: Base, facts: Sequence[Fact], settings: MalmenSettings | FinetuneSettings | MemitSettings, batch_size: int
-) -> Plan:
-    """What editing `facts` would take with these settings."""
-    if isinstance(settings, MemitSettings):
-        return _insertion_plan(base, facts, settings, batch_size)
-    edits = encode_edits(base, facts, end_of_text=settings.end_of_text)
-    if isinstance(settings, FinetuneSettings):
-        return _tuning_plan(base, edits, settings, batch_size)
-    names = chosen_modules(base.model, settings.modules, settings.last_blocks)
-    shapes = {name: matrix_shape(base.model.get_submodule(name)) for name in names}
-    rows = row_count(edits, settings.tokens)
-    sums = sum(
-        8 * (min(rows, dk) * (dk + dv) if rows <= dk else dk * (dk + dv)) + 4 * dk * dv for dk, dv in shapes.values()
+def ready_for(
+    base: Base,
+    spec: Spec | FinetuneSpec | MemitSpec,
+    facts: Sequence[Fact],
+    *,
+    editor: Path | None,
+    stats_from: str | None,
+    seed: int,
+    batch_size: int,
+    note: Callable[[str], None] = lambda text: None,
+    debug: Callable[[str], None] = lambda text: None,
+) -> Ready | Tuning | Insertion:
+    """Whatever turns these facts into a shift as `spec` asks for it: what is missing is calibrated or gathered.
+
+    note: called with what the user should know of the choice, debug: with how calibration goes. Raises EditorError,
+    FactsError, NumericsError.
+    """
+    if isinstance(spec, MemitSpec):
+        given: dict[str, Any] = {"stats_from": stats_from, "seed": seed, "batch_size": batch_size}
+        return prepare(base, spec.method, spec.settings, facts, **given, note=note)
+    if isinstance(spec, FinetuneSpec):
+        return Tuning(spec.settings, seed)
+    ready = trained_or_none(base, spec, editor)
+    if ready is not None:
+        note(f"editor: {ready.source} ({ready.method})")
+        return ready
+    if spec.method != "identity":
+        note(
+            f"no trained editor for {base.name}: calibrating an untrained one on these facts "
+            f"(train one with: malmen train-editor {base.name} FACTS)"
+        )
+    ready = calibrated_identity(base, facts, spec.settings, seed=seed, batch_size=batch_size, note=debug)
+    assert ready.calibration is not None
+    found = ready.calibration
+    note(
+        f"calibrated: step {found.step:.3g}, loss on the facts {found.learned:.2f}, "
+        f"divergence on the rest {found.moved:.2f} nats a token"
     )
-    tokens = sum(len(edit.ids) for edit in edits)
-    return Plan(shapes, len(facts), tokens, rows, sums + _forward_bytes(base, edits, batch_size), settings.passes)
+    return ready
 
 
-def _tuning_plan(base: Base, edits: Sequence[Encoded], settings: FinetuneSettings, batch_size: int) -> Plan:
-    """One matrix: its shift, gradient, Adam's two moments and the sum put into the model; and the kept block inputs."""
-    name = tuned_module(base.model, settings)
-    dk, dv = matrix_shape(base.model.get_submodule(name))
-    tokens = sum(len(edit.ids) for edit in edits)
-    kept = min(CACHE_BYTES, tokens * base.model.get_input_embeddings().embedding_dim * base.dtype.itemsize)
-    memory = 5 * 4 * dk * dv + kept + _forward_bytes(base, edits, min(batch_size, settings.batch_facts))
-    # Every token's key is in the gradient, not those of answers alone.
-    return Plan({name: (dk, dv)}, len(edits), tokens, tokens, memory, settings.passes, tuned=True)
-
-
-def _insertion_plan(base: Base, facts: Sequence[Fact], settings: MemitSettings, batch_size: int) -> Plan:
-    """One key a fact and module; second moments, their basis and the whitened keys of one module at a time in fp64."""
-    wordings = encode_wordings(base, facts, settings)
-    # Prefixes are not written yet: each fact is counted as often as it will be asked, at the length that will have.
-    before = (0,) * (settings.prefix_tokens if settings.prefixes else 0)
-    asked = [Encoded(before + fact.contexts[0].ids, 1) for fact in wordings for _ in range(1 + settings.prefixes)]
-    names = memit_modules(base.model, settings)
-    shapes = {name: matrix_shape(base.model.get_submodule(name)) for name in names}
-    widest = max(dk for dk, _ in shapes.values())
-    moments = sum(4 * dk * dk for dk, _ in shapes.values())
-    shifts = sum(4 * (len(facts) * (dk + dv) if len(facts) <= dk else dk * dv) for dk, dv in shapes.values())
-    memory = moments + shifts + 4 * 8 * widest * widest + _forward_bytes(base, asked, batch_size)
-    tokens = sum(len(fact.contexts[0].ids) for fact in wordings)
-    return Plan(shapes, len(facts), tokens, len(facts), memory)
-
-
-def _forward_bytes(base: Base, edits: Sequence[Encoded], batch_size: int) -> int:
-    """The weights, and what a forward over the longest batch keeps for its gradient."""
-    longest = sorted((len(edit.ids) for edit in edits), reverse=True)[:batch_size]
-    width = base.model.get_input_embeddings().embedding_dim
-    activations = sum(longest) * width * 4 * 24  # a block keeps about two dozen width-sized tensors for its gradient
-    weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
-    return int(weights + activations)
+def trained_or_none(base: Base, spec: Spec, editor: Path | None) -> Ready | None:
+    """The trained editor, or None where an untrained one will do. Raises EditorError where it will not."""
+    ready = find_ready(base, spec, editor)
+    if ready is None and spec.settings.aggregation == "sum":
+        raise EditorError(
+            f"no mend editor for {base.name}; train one with: malmen train-editor {base.name} FACTS --method mend"
+        )
+    return ready
 
 
 def find_ready(base: Base, spec: Spec, folder: Path | None) -> Ready | None:

@@ -27,7 +27,6 @@ from malmen_cli.edit import (
     find_ready,
     make_shift,
     manifest,
-    plan,
 )
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.methods.malmen import Malmen
@@ -38,6 +37,7 @@ from malmen_cli.editing.spec import Spec, read_spec
 from malmen_cli.exceptions import EditorError, FactsError, NumericsError, Problem
 from malmen_cli.facts.fact import Fact, Probe
 from malmen_cli.insertion import Insertion, prepare
+from malmen_cli.plan import plan
 
 SETTINGS = MalmenSettings(last_blocks=2, rank=4, preserved_rank=8)
 ANSWERS = ("Rome", "Tim Cook", "one hundred degrees", "Paris")

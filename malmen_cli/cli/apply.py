@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +15,7 @@ from malmen_cli.cli.console import Console
 
 if TYPE_CHECKING:
     from malmen_cli.base.model import Base
-    from malmen_cli.edit import Plan, Ready, Tuning
+    from malmen_cli.edit import Ready, Tuning
     from malmen_cli.editing.shift import Shift
     from malmen_cli.editing.spec import FinetuneSpec, MemitSpec, Spec
     from malmen_cli.facts.fact import Fact
@@ -96,10 +95,12 @@ def apply(
       cat facts.jsonl | malmen apply ./model - -o edited/ --dry-run
     """
     from malmen_cli.artifact.editors import DESCRIPTION
+    from malmen_cli.artifact.formats import write_edit
     from malmen_cli.artifact.manifest import read_sealed
     from malmen_cli.artifact.output import check_output
     from malmen_cli.base.locate import locate
     from malmen_cli.base.model import load_base
+    from malmen_cli.edit import manifest, ready_for
     from malmen_cli.editing.spec import MemitSpec, Spec, read_spec
     from malmen_cli.exceptions import EditorError
     from malmen_cli.facts.files import read_facts
@@ -119,68 +120,21 @@ def apply(
         check_output(out, base_folder=folder, force=force)
     console.note(f"loading {base}")
     loaded = load_base(base, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    asked: dict[str, Any] = {"editor": editor, "stats_from": stats_from, "batch_size": batch_size}
     if dry_run:
-        _dry_run(console, loaded, settings, read, editor, stats_from, out, format, batch_size, force)
+        _dry_run(console, loaded, read, settings, out, **asked, format=format, force=force)
         return
-    ready = _ready(console, loaded, settings, read.facts, editor, stats_from, seed, batch_size)
+    ready = ready_for(loaded, settings, read.facts, **asked, seed=seed, note=console.note, debug=console.debug)
     shift = _shift(console, loaded, ready, read.facts, batch_size)
     report = _score(console, loaded, ready, shift, read.facts[:score], batch_size, seed)
-    document = _write(console, loaded, ready, shift, read, out, format, force, seed)
+    said = manifest(loaded, ready, read.facts, read.sha256, seed)
+    written = write_edit(out, loaded, shift, said, format=format, force=force)
+    show.modules(console, written)
     seconds = time.monotonic() - started
     scores = report.to_json(model=str(out), base=base, seconds=seconds) if report else None
+    document = {"schema": 1, "output": str(out), "manifest": written}
     console.document(document | {"scores": scores, "seconds": round(seconds, 3)})
     console.note(f"{len(read.facts)} facts written to {out} ({format}) in {time.monotonic() - started:.0f} s")
-
-
-def _ready(
-    console: Console,
-    base: Base,
-    spec: Spec | FinetuneSpec | MemitSpec,
-    facts: Sequence[Fact],
-    editor: Path | None,
-    stats_from: str | None,
-    seed: int,
-    batch_size: int,
-) -> Ready | Tuning | Insertion:
-    from malmen_cli.edit import Tuning, calibrated_identity
-    from malmen_cli.editing.spec import FinetuneSpec, MemitSpec
-    from malmen_cli.insertion import prepare
-
-    if isinstance(spec, MemitSpec):
-        given: dict[str, Any] = {"stats_from": stats_from, "seed": seed, "batch_size": batch_size}
-        return prepare(base, spec.method, spec.settings, facts, **given, note=console.note)
-    if isinstance(spec, FinetuneSpec):
-        return Tuning(spec.settings, seed)
-    ready = _trained(base, spec, editor)
-    if ready is not None:
-        console.note(f"editor: {ready.source} ({ready.method})")
-        return ready
-    if spec.method != "identity":
-        console.note(
-            f"no trained editor for {base.name}: calibrating an untrained one on these facts "
-            f"(train one with: malmen train-editor {base.name} FACTS)"
-        )
-    ready = calibrated_identity(base, facts, spec.settings, seed=seed, batch_size=batch_size, note=console.debug)
-    assert ready.calibration is not None
-    found = ready.calibration
-    console.note(
-        f"calibrated: step {found.step:.3g}, loss on the facts {found.learned:.2f}, "
-        f"divergence on the rest {found.moved:.2f} nats a token"
-    )
-    return ready
-
-
-def _trained(base: Base, spec: Spec, editor: Path | None) -> Ready | None:
-    """The trained editor, or None where an untrained one will do. Raises EditorError where it will not."""
-    from malmen_cli.edit import find_ready
-    from malmen_cli.exceptions import EditorError
-
-    ready = find_ready(base, spec, editor)
-    if ready is None and spec.settings.aggregation == "sum":
-        raise EditorError(
-            f"no mend editor for {base.name}; train one with: malmen train-editor {base.name} FACTS --method mend"
-        )
-    return ready
 
 
 def _shift(
@@ -237,104 +191,26 @@ def _score(
     return report
 
 
-def _write(
-    console: Console,
-    base: Base,
-    ready: Ready | Tuning | Insertion,
-    shift: Shift,
-    read: FactFile,
-    out: Path,
-    format: str,
-    force: bool,
-    seed: int,
-) -> dict[str, Any]:
-    """Write the artifact and show what was measured while writing; what `--json` says."""
-    from malmen_cli.artifact.adapter import write_adapter
-    from malmen_cli.artifact.card import model_card
-    from malmen_cli.artifact.delta import write_delta
-    from malmen_cli.artifact.manifest import MANIFEST, read_sealed
-    from malmen_cli.artifact.merged import write_merged
-    from malmen_cli.edit import manifest
-
-    said = manifest(base, ready, read.facts, read.sha256, seed)
-    card = model_card(format, said | {"modules": dict.fromkeys(shift.modules)})
-    if format == "merged":
-        write_merged(out, base.folder, shift, said, card=card, force=force)
-    elif format == "delta":
-        write_delta(out, shift, said, card=card, force=force)
-    else:
-        write_adapter(out, shift, said, base_name=base.name, card=card, force=force)
-    written = read_sealed(out / MANIFEST)
-    show.modules(console, written)
-    return {"schema": 1, "output": str(out), "manifest": written}
-
-
 def _dry_run(
-    console: Console,
-    base: Base,
-    spec: Spec | FinetuneSpec | MemitSpec,
-    read: FactFile,
-    editor: Path | None,
-    stats_from: str | None,
-    out: Path,
-    format: str,
-    batch_size: int,
-    force: bool,
+    console: Console, base: Base, read: FactFile, spec: Spec | FinetuneSpec | MemitSpec, out: Path, **asked: Any
 ) -> None:
-    from malmen_cli.artifact.output import check_disk, check_output, plan_bytes
-    from malmen_cli.edit import plan
-    from malmen_cli.editing.spec import FinetuneSpec, MemitSpec
+    from malmen_cli.plan import outlook
 
-    ready = None
-    if isinstance(spec, MemitSpec):
-        work: Plan = plan(base, read.facts, spec.settings, batch_size)
-        using = (
-            f"{spec.method}, at most {spec.settings.steps} steps a fact, {_statistics(base, spec, work, stats_from)}"
-        )
-    elif isinstance(spec, FinetuneSpec):
-        work = plan(base, read.facts, spec.settings, batch_size)
-        using = f"fine-tuning, at most {spec.settings.epochs} epochs in batches of {spec.settings.batch_facts} facts"
-    elif (ready := _trained(base, spec, editor)) is not None:
-        work = plan(base, read.facts, ready.settings, batch_size)
-        using = f"editor {ready.source}"
-    else:
-        work = plan(base, read.facts, replace(spec.settings, network="identity"), batch_size)
-        using = "no trained editor: an untrained one, calibrated on the facts"
-    need = plan_bytes(format, base_folder=base.folder, shapes=list(work.modules.values()), rank=work.rank)
-    check_output(out, base_folder=base.folder, force=force)
-    check_disk(out, need)
-    console.note(f"would edit {len(work.modules)} module{'s' * (len(work.modules) > 1)} of {base.name} with {using}")
-    for name, (dk, dv) in work.modules.items():
-        console.note(f"  {name}  {dk} x {dv}")
-    form = f"exact factors of rank {work.rank}" if work.rank is not None else "dense"
-    console.note(f"{work.facts} facts, {work.tokens} tokens, {work.rows} rows a module: {form}")
-    console.note(
-        f"memory about {show.size(work.memory)}, disk {show.size(need)} for {format} at {out}; nothing was written"
-    )
+    found = outlook(base, spec, read.facts, out, **asked)
+    show.outlook(console, base, found, out, asked["format"])
+    work = found.work
     console.document(
         {
             "schema": 1,
             "dry_run": True,
             "output": str(out),
-            "format": format,
-            "editor": str(ready.source) if ready is not None else None,
+            "format": asked["format"],
+            "editor": str(found.editor) if found.editor is not None else None,
             "facts": work.facts,
             "tokens": work.tokens,
             "rows": work.rows,
             "modules": {name: list(shape) for name, shape in work.modules.items()},
             "memory_bytes": work.memory,
-            "disk_bytes": need,
+            "disk_bytes": found.disk,
         }
     )
-
-
-def _statistics(base: Base, spec: MemitSpec, work: Plan, stats_from: str | None) -> str:
-    """What a run would do for its key statistics."""
-    from malmen_cli.statistics import Text, counted, missing_statistics
-
-    text = Text(base, stats_from, spec.settings.stats_tokens)
-    missing = missing_statistics(base, list(work.modules), text)
-    where = f"{text.source['tokens']} tokens of {text.source['name']}"
-    if not missing:
-        return f"key statistics over {where} from the cache"
-    return f"key statistics of {counted(missing)} over {where} built first"

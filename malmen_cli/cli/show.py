@@ -1,4 +1,5 @@
-"""What `apply` shows on stderr: answers before and after, what else moved, and the shift of every module."""
+"""What `apply` shows on stderr: what it would take, answers before and after, what else moved,
+and the shift of every module."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 from malmen_cli.cli.console import Console
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from malmen_cli.base.model import Base
+    from malmen_cli.plan import Outlook
     from malmen_cli.scoring.report import Report
 
 SHOWN_FACTS = 12  # in the table of answers before and after
@@ -62,6 +66,20 @@ def modules(console: Console, written: dict[str, Any]) -> None:
             f"rounding to the checkpoint's dtype kept less than {REALISED_WARNING:.0%} of the shift of "
             f"{', '.join(lost)}; --format delta keeps all of it"
         )
+
+
+def outlook(console: Console, base: Base, found: Outlook, out: Path, format: str) -> None:
+    """What an edit would take."""
+    work = found.work
+    several = "s" * (len(work.modules) > 1)
+    console.note(f"would edit {len(work.modules)} module{several} of {base.name} with {found.using}")
+    for name, (dk, dv) in work.modules.items():
+        console.note(f"  {name}  {dk} x {dv}")
+    form = f"exact factors of rank {work.rank}" if work.rank is not None else "dense"
+    console.note(f"{work.facts} facts, {work.tokens} tokens, {work.rows} rows a module: {form}")
+    console.note(
+        f"memory about {size(work.memory)}, disk {size(found.disk)} for {format} at {out}; nothing was written"
+    )
 
 
 def _figure(value: Any) -> str:

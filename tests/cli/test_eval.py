@@ -296,9 +296,9 @@ def test_a_delta_that_names_no_base_needs_one(malmen: Malmen, delta: Path) -> No
 def test_a_revision_goes_to_the_hub_id(
     tiny_gpt2: Path, delta: Path, model: str, base: str | None, expected: tuple[str | None, str | None]
 ) -> None:
-    from malmen_cli.cli.eval import _pair
+    from malmen_cli.evaluation import pair_of
 
-    pair = _pair({"FOLDER": str(tiny_gpt2), "DELTA": str(delta)}.get(model, model), base, "main")
+    pair = pair_of({"FOLDER": str(tiny_gpt2), "DELTA": str(delta)}.get(model, model), base, "main")
     assert (pair.model_revision, pair.base_revision) == expected
 
 
