@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -10,22 +9,22 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-import typer
-from typer.testing import CliRunner, Result
+from running import code, contents, document_of, invoke, schema
+from typer.testing import Result
 
-import malmen_cli.cli.apply as apply_module
 import malmen_cli.cli.show as show_module
 import malmen_cli.scoring.report as report_module
 from malmen_cli.cli import errors
+from malmen_cli.cli.apply import apply
 from malmen_cli.exceptions import FactsError
 
-SCHEMA = json.loads(Path(apply_module.__file__).with_name("apply.schema.json").read_text(encoding="utf-8"))
-EVAL_SCHEMA = json.loads((Path(report_module.__file__).parent / "eval.schema.json").read_text(encoding="utf-8"))
+document = partial(document_of, "apply")
 MODULES = [f"transformer.h.{i}.mlp.c_proj" for i in (0, 1)]
 MERGED = ["README.md", "config.json", "generation_config.json", "malmen.json", "model.safetensors", "tokenizer.json"]
 LISTINGS = {
@@ -40,40 +39,15 @@ Malmen = Callable[..., Result]
 @pytest.fixture
 def malmen(facts_file: Path, tmp_path: Path) -> Malmen:
     """`malmen(BASE, ...)` runs `malmen apply BASE facts.jsonl -o tmp_path/out ...`."""
-    app = typer.Typer()
-    app.command()(apply_module.apply)
 
     def run(
         base: Path | str, *options: object, facts: Path | str = facts_file, out: Path | str | None = None,
         stdin: str | None = None,
     ) -> Result:  # fmt: skip
         given = [str(base), str(facts), "-o", str(out or tmp_path / "out"), *map(str, options)]
-        return CliRunner().invoke(app, given, input=stdin)
+        return invoke(apply, *given, stdin=stdin)
 
     return run
-
-
-def code(result: Result) -> int:
-    """The exit code with the console entry's table applied."""
-    if result.exception is None or isinstance(result.exception, SystemExit):
-        return result.exit_code
-    return errors.exit_code(result.exception)
-
-
-def document(result: Result) -> dict[str, Any]:
-    assert code(result) == 0, (result.output, result.exception)
-    found = json.loads(result.stdout)
-    jsonschema.Draft202012Validator(SCHEMA).validate(found)
-    assert isinstance(found, dict)
-    return found
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture
@@ -213,7 +187,7 @@ def test_an_edit_sticks_and_the_scores_say_so(
     base, spec = tiny_model_factory("gpt2", width=64, mlp=512), tmp_path / "wide.yaml"
     spec.write_text("settings: {last_blocks: 2, rounds: 8}\n", encoding="utf-8")
     found = document(malmen(base, "--spec", spec, "--json"))
-    jsonschema.Draft202012Validator(EVAL_SCHEMA).validate(found["scores"])
+    jsonschema.Draft202012Validator(schema("eval")).validate(found["scores"])
     assert found["scores"]["before"]["es"]["greedy"] == 0.0
     assert found["scores"]["after"]["es"]["greedy"] == 1.0
     assert (found["scores"]["facts"], found["manifest"]["facts"]["count"]) == (4, 4)

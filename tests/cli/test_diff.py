@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+import running
 import torch
 
-import malmen_cli.cli.diff as diff_module
 from malmen_cli.artifact.delta import write_delta
 from malmen_cli.artifact.merged import write_merged
 from malmen_cli.base.weights import fingerprint
 from malmen_cli.cli.errors import main
 from malmen_cli.editing.shift import IN_OUT, ModuleShift, Shift
 
-SCHEMA = json.loads(Path(diff_module.__file__).with_name("diff.schema.json").read_text(encoding="utf-8"))
+valid = partial(running.valid, "diff")
 MODULE = "transformer.h.1.mlp.c_proj"
-
-
-def valid(text: str) -> dict[str, Any]:
-    """The one document on stdout, held to the committed schema."""
-    document = json.loads(text)
-    jsonschema.Draft202012Validator(SCHEMA).validate(document)
-    assert isinstance(document, dict)
-    return document
 
 
 @pytest.fixture
@@ -100,7 +92,7 @@ def test_the_schema_refuses_other_documents(
     main(["diff", edited["half"], edited["delta"], "--json", "-q"])
     document = valid(capsys.readouterr().out) | change
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.Draft202012Validator(SCHEMA).validate(document)
+        jsonschema.Draft202012Validator(running.schema("diff")).validate(document)
 
 
 @pytest.mark.parametrize(

@@ -8,20 +8,18 @@ import shutil
 import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner, Result
+from running import code, document_of, invoke
+from typer.testing import Result
 
-import malmen_cli.scoring.report as report_module
-from malmen_cli.cli import errors
 from malmen_cli.cli.eval import evaluate
 
-SCHEMA = json.loads((Path(report_module.__file__).parent / "eval.schema.json").read_text(encoding="utf-8"))
+document = partial(document_of, "eval", codes=(0, 1))
 MODULE = "transformer.h.1.mlp.c_proj"
 Malmen = Callable[..., Result]
 
@@ -29,28 +27,11 @@ Malmen = Callable[..., Result]
 @pytest.fixture
 def malmen(facts_file: Path) -> Malmen:
     """`malmen(MODEL, ...)` runs `malmen eval MODEL facts.jsonl ...`."""
-    app = typer.Typer()
-    app.command()(evaluate)
 
     def run(model: Path | str, *options: object, facts: Path | str = facts_file, stdin: str | None = None) -> Result:
-        return CliRunner().invoke(app, [str(model), str(facts), *map(str, options)], input=stdin)
+        return invoke(evaluate, model, facts, *options, stdin=stdin)
 
     return run
-
-
-def code(result: Result) -> int:
-    """The exit code with the console entry's table applied."""
-    if result.exception is None or isinstance(result.exception, SystemExit):
-        return result.exit_code
-    return errors.exit_code(result.exception)
-
-
-def document(result: Result) -> dict[str, Any]:
-    assert code(result) in (0, 1), result.output
-    found = json.loads(result.stdout)
-    jsonschema.Draft202012Validator(SCHEMA).validate(found)
-    assert isinstance(found, dict)
-    return found
 
 
 def manifest(folder: Path, **content: object) -> None:

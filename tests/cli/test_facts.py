@@ -7,12 +7,11 @@ import json
 import os
 import stat
 import sys
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
+from running import valid
 
 from malmen_cli.cli.errors import main
 from malmen_cli.facts.files import read_facts
@@ -49,9 +48,7 @@ def test_check_json_is_the_committed_schema_and_nothing_else(
 ) -> None:
     assert main(["facts", "check", "--json", "-q", str(facts_file)]) == 0
     out, err = capsys.readouterr()
-    document = json.loads(out)
-    schema = json.loads((files("malmen_cli.cli") / "facts_check.schema.json").read_text())
-    jsonschema.validate(document, schema)
+    document = valid("facts_check", out)
     assert err == ""
     assert document["count"] == 4
     assert document["with"]["rephrases"] == 3
@@ -136,21 +133,13 @@ def test_convert_says_where_it_wrote(facts_file: Path, tmp_path: Path, capsys: p
     assert sorted(os.listdir(tmp_path)) == ["facts.jsonl", "out.jsonl"]
 
 
-def converted(text: str) -> dict[str, Any]:
-    document = json.loads(text)
-    schema = json.loads((files("malmen_cli.cli") / "facts_convert.schema.json").read_text())
-    jsonschema.Draft202012Validator(schema).validate(document)
-    assert isinstance(document, dict)
-    return document
-
-
 def test_convert_json_says_what_was_written(
     facts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.jsonl"
     assert main(["facts", "convert", str(facts_file), "-o", str(out), "--json", "-q"]) == 0
     read = read_facts(str(facts_file))
-    assert converted(capsys.readouterr().out) == {
+    assert valid("facts_convert", capsys.readouterr().out) == {
         "schema": 1,
         "source": str(facts_file),
         "sha256": read.sha256,
@@ -169,7 +158,7 @@ def test_convert_dry_run_writes_nothing(
     given = ["-o", str(out)] if named else []
     assert main(["facts", "convert", str(facts_file), *given, "--dry-run", "--json"]) == 0
     printed = capsys.readouterr()
-    document = converted(printed.out)
+    document = valid("facts_convert", printed.out)
     assert (document["dry_run"], document["count"]) == (True, 4)
     assert document["output"] == (str(out) if named else None)
     assert printed.err == f"would write 4 facts from {facts_file} to {out if named else 'stdout'}\n"

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
+from running import valid
 
-import malmen_cli.cli.stats as stats_module
 from malmen_cli.cli.errors import main
 
-SCHEMA = json.loads(Path(stats_module.__file__).with_name("stats.schema.json").read_text(encoding="utf-8"))
 MODULES = [f"transformer.h.{block}.mlp.c_proj" for block in (1, 2)]
 Run = Callable[..., dict[str, Any]]
 
@@ -37,10 +34,7 @@ def run(base: Path, spec: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 
     def go(*options: object) -> dict[str, Any]:
         assert main(["stats", str(base), "--spec", str(spec), "--json", *map(str, options)]) == 0
-        found = json.loads(capsys.readouterr().out)
-        jsonschema.Draft202012Validator(SCHEMA).validate(found)
-        assert isinstance(found, dict)
-        return found
+        return valid("stats", capsys.readouterr().out)
 
     return go
 

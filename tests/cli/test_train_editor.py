@@ -11,23 +11,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
-import typer
-from typer.testing import CliRunner, Result
+from running import code, contents, document_of, invoke
+from typer.testing import Result
 
 import malmen_cli.cli.train_editor as train_module
 from malmen_cli.base.weights import fingerprint
-from malmen_cli.cli import errors
 from malmen_cli.cli.console import Console, Progress
 from malmen_cli.cli.train_editor import _Reporter
 from malmen_cli.training.loop import Progress as Step
 from malmen_cli.training.validation import Validation
 
-SCHEMA = json.loads(Path(train_module.__file__).with_name("train_editor.schema.json").read_text(encoding="utf-8"))
+document = partial(document_of, "train_editor")
 LISTING = ["README.md", "editor.json", "editor.safetensors"]
 SPEC = """
 settings: {last_blocks: 1, rank: 4, preserved_rank: 8}
@@ -72,36 +71,15 @@ def spec(tmp_path: Path) -> Path:
 @pytest.fixture
 def malmen(train_file: Path, spec: Path, tmp_path: Path) -> Malmen:
     """`malmen(BASE, ...)` runs `malmen train-editor BASE train.jsonl --spec spec.yaml -o tmp_path/editor ...`."""
-    app = typer.Typer()
-    app.command()(train_module.train_editor)
 
     def run(
         base: Path | str, *options: object, facts: tuple[Path | str, ...] = (train_file,), out: bool = True
     ) -> Result:
         place = ["-o", str(tmp_path / "editor")] if out else []
         given = [str(base), *map(str, facts), "--spec", str(spec), "--batch-size", "8", *place, *map(str, options)]
-        return CliRunner().invoke(app, given)
+        return invoke(train_module.train_editor, *given)
 
     return run
-
-
-def code(result: Result) -> int:
-    """The exit code with the console entry's table applied."""
-    if result.exception is None or isinstance(result.exception, SystemExit):
-        return result.exit_code
-    return errors.exit_code(result.exception)
-
-
-def document(result: Result) -> dict[str, Any]:
-    assert code(result) == 0, (result.output, result.exception)
-    found = json.loads(result.stdout)
-    jsonschema.Draft202012Validator(SCHEMA).validate(found)
-    assert isinstance(found, dict)
-    return found
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
 def home() -> Path:
@@ -150,14 +128,9 @@ def test_trains_installs_and_apply_finds_it(malmen: Malmen, tiny_gpt2: Path, tmp
     assert "\x1b" not in result.stderr
     from malmen_cli.cli.apply import apply
 
-    app = typer.Typer()
-    app.command()(apply)
     facts = write(tmp_path / "facts.jsonl", records(2, start=50))
-    applied = CliRunner().invoke(
-        app, [str(tiny_gpt2), str(facts), "-o", str(tmp_path / "out"), "--json", "--score", "0"]
-    )
-    assert code(applied) == 0
-    record = json.loads(applied.stdout)["manifest"]
+    applied = invoke(apply, tiny_gpt2, facts, "-o", tmp_path / "out", "--json", "--score", 0)
+    record = document_of("apply", applied)["manifest"]
     assert record["editor"]["sha256"] == contents(out)["editor.safetensors"]
     assert record["method"]["name"] == "malmen"
 
