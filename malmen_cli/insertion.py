@@ -9,12 +9,12 @@ from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import encode_each
 from malmen_cli.base.sampling import sampled_texts
 from malmen_cli.editing.methods.memit import Memit, memit_modules
+from malmen_cli.editing.moments import Statistics
 from malmen_cli.editing.settings import MemitSettings
 from malmen_cli.editing.shift import Shift
-from malmen_cli.editing.statistics import Statistics
 from malmen_cli.editing.targets import Wordings, wordings_of
 from malmen_cli.facts.fact import Fact
-from malmen_cli.statistics import Text, gather_statistics
+from malmen_cli.key_statistics import Text, gather_statistics
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitS
 from malmen_cli.editing.spec import FinetuneSpec, MemitSpec, Spec
 from malmen_cli.facts.fact import Fact
 from malmen_cli.insertion import encode_wordings
-from malmen_cli.statistics import Text, counted, missing_statistics
+from malmen_cli.key_statistics import Text, counted, missing_statistics
 
 
 @dataclass(frozen=True)

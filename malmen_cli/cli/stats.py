@@ -58,7 +58,7 @@ def stats(
     from malmen_cli.editing.methods.memit import memit_modules
     from malmen_cli.editing.spec import MemitSpec, read_spec
     from malmen_cli.exceptions import SpecError
-    from malmen_cli.statistics import Text, counted, gather_statistics, missing_statistics
+    from malmen_cli.key_statistics import Text, counted, gather_statistics, missing_statistics
 
     started = time.monotonic()
     console = Console(quiet=quiet, verbose=verbose, json=json)

@@ -24,11 +24,11 @@ from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing.capture import watching
 from malmen_cli.editing.constraints import Chain, Ridge, check_moment, penalty
+from malmen_cli.editing.moments import Statistics
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.ridge import refuse_singular
 from malmen_cli.editing.settings import MemitSettings
 from malmen_cli.editing.shift import ModuleShift, Shift, applied, weight_layout
-from malmen_cli.editing.statistics import Statistics
 from malmen_cli.editing.targets import Wordings, find_targets
 from malmen_cli.exceptions import NumericsError, SpecError
 

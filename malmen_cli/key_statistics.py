@@ -17,8 +17,8 @@ from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.base.sampling import sampled_windows
 from malmen_cli.base.texts import read_texts, windows
+from malmen_cli.editing.moments import Statistics, second_moments
 from malmen_cli.editing.replay import Runner
-from malmen_cli.editing.statistics import Statistics, second_moments
 from malmen_cli.exceptions import FactsError, OutputError, Problem
 
 SAMPLED = "sampled"  # the name of the base's own text

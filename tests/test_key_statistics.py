@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import malmen_cli.statistics as statistics_module
+import malmen_cli.key_statistics as key_statistics
 from malmen_cli.artifact.manifest import sealed
 from malmen_cli.artifact.statistics import DESCRIPTION, TENSORS, load_statistics, save_statistics, statistics_folder
 from malmen_cli.base.locate import cache_home
 from malmen_cli.base.model import Base, load_base
 from malmen_cli.base.prompts import Encoded
+from malmen_cli.editing.moments import second_moments
 from malmen_cli.editing.replay import Runner
-from malmen_cli.editing.statistics import second_moments
 from malmen_cli.exceptions import FactsError, OutputError
-from malmen_cli.statistics import Text, gather_statistics, missing_statistics
+from malmen_cli.key_statistics import Text, gather_statistics, missing_statistics
 
 NAMES = [f"transformer.h.{i}.mlp.c_proj" for i in (0, 1)]
 
@@ -36,7 +36,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         passes.append(list(names))
         return second_moments(runner, sequences, names, *others)
 
-    monkeypatch.setattr(statistics_module, "second_moments", counted)
+    monkeypatch.setattr(key_statistics, "second_moments", counted)
     return passes
 
 

@@ -9,8 +9,8 @@ import torch
 
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded
+from malmen_cli.editing.moments import second_moments
 from malmen_cli.editing.replay import Runner
-from malmen_cli.editing.statistics import second_moments
 from malmen_cli.exceptions import NumericsError
 
 Load = Callable[..., Base]
