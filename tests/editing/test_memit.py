@@ -359,10 +359,10 @@ def test_a_base_of_nan_is_named(load: Load) -> None:
 @pytest.mark.parametrize(
     ("layers", "given", "blocks"),
     [
-        (12, {}, [4, 5, 6, 7, 8]),
-        (12, {"constraint": "equality"}, [4]),
+        (12, {}, [2, 3, 4, 5, 6]),
+        (12, {"constraint": "equality"}, [2]),
         (12, {"blocks": (5, 3, 3)}, [3, 5]),
-        (4, {}, [1, 2]),
+        (4, {}, [0, 1, 2]),
         (2, {}, [0]),
         (4, {"modules": ("*.[12].mlp.c_proj",)}, [1, 2]),
         (4, {"modules": ("*.1.attn.c_proj",)}, [1]),
@@ -375,9 +375,9 @@ def test_which_matrices(load: Load, layers: int, given: dict[str, Any], blocks: 
 
 
 @pytest.mark.parametrize(
-    ("depth", "first", "last"), [(1, 0, 0), (2, 0, 0), (3, 1, 1), (12, 4, 8), (28, 9, 13), (30, 10, 14), (48, 16, 20)]
+    ("depth", "first", "last"), [(1, 0, 0), (2, 0, 0), (3, 0, 1), (12, 2, 6), (28, 4, 8), (30, 4, 8), (32, 4, 8), (48, 6, 10)]
 )
-def test_facts_are_written_from_a_third_of_the_depth_and_never_into_the_last_block(
+def test_facts_are_written_from_an_eighth_of_the_depth_and_never_into_the_last_block(
     depth: int, first: int, last: int
 ) -> None:
     assert written_blocks(depth) == list(range(first, last + 1))
