@@ -86,7 +86,7 @@ class MemitSettings:
     """
 
     modules: tuple[str, ...] | None = None  # patterns, one matrix a block; default: the second MLP matrix of `blocks`
-    blocks: tuple[int, ...] | None = None  # counted from 0; default: five from an eighth of the depth on, ROME: the first
+    blocks: tuple[int, ...] | None = None  # counted from 0; default: five from an eighth of the depth on, ROME: one
     constraint: Literal["least_squares", "equality", "null_space"] = "least_squares"
     steps: int = 25  # of Adam for a fact's target, at most
     lr: float = 0.5  # Adam's

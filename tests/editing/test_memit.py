@@ -375,7 +375,8 @@ def test_which_matrices(load: Load, layers: int, given: dict[str, Any], blocks: 
 
 
 @pytest.mark.parametrize(
-    ("depth", "first", "last"), [(1, 0, 0), (2, 0, 0), (3, 0, 1), (12, 2, 6), (28, 4, 8), (30, 4, 8), (32, 4, 8), (48, 6, 10)]
+    ("depth", "first", "last"),
+    [(1, 0, 0), (2, 0, 0), (3, 0, 1), (12, 2, 6), (28, 4, 8), (30, 4, 8), (32, 4, 8), (48, 6, 10)],
 )
 def test_facts_are_written_from_an_eighth_of_the_depth_and_never_into_the_last_block(
     depth: int, first: int, last: int
