@@ -9,57 +9,52 @@ absent, old and whole, or new and whole; what is left over is cleaned, or put ba
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
-import fcntl
 import hashlib
 import os
-import re
-import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
+from malmen_cli.artifact import disk
+from malmen_cli.artifact.placing import LOCK, beside, clean, clean_files, place, refuse_existing, refuse_existing_file
 from malmen_cli.exceptions import OutputError
 
-LOCK = ".lock"  # inside the temporary folder, held with flock for as long as its process lives
-# A folder with one of these was written by us and may be replaced.
-MARKS = ("malmen.json", "editor.json", "statistics.json")
 CHUNK = 1 << 20
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
-_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 
 class Staging:
     """Build the folder `out` file by file; leaving the `with` block without an exception puts it in place.
 
     force: a folder that malmen wrote earlier may be replaced. need: bytes about to be written, checked against the
-    free disk before anything is. `sha256` holds the digest of every file written so far.
+    free disk before anything is. previous: where a folder that is replaced is kept, in place of what was kept there.
+    `sha256` holds the digest of every file written so far.
     Raises OutputError, with nothing changed, for whatever keeps the folder from being written.
     """
 
-    def __init__(self, out: Path, *, force: bool = False, need: int = 0) -> None:
+    def __init__(self, out: Path, *, force: bool = False, need: int = 0, previous: Path | None = None) -> None:
         self.out = Path(os.path.abspath(out))
         if not self.out.name:
             raise OutputError(f"{out}: the root folder cannot be an output; name a folder in it")
         self.sha256: dict[str, str] = {}
         self._force = force
         self._need = need
+        self._previous = previous
         self._lock = -1
-        self._folder = self.out.with_name(f".malmen-{self.out.name}-{secrets.token_hex(4)}")
+        self._folder = beside(self.out)
 
     def __enter__(self) -> Staging:
         try:
             with self._errors():
                 self.out.parent.mkdir(parents=True, exist_ok=True)
-                with _exclusive(self.out.parent):
-                    _clean(self.out)
+                with disk.exclusive(self.out.parent):
+                    clean(self.out)
                     refuse_existing(self.out, force=self._force)
-                    check_free(self.out, self._need)
+                    disk.check_free(self.out, self._need)
                     self._folder.mkdir()
-                    self._lock = _take_lock(self._folder)
+                    self._lock = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+                    disk.hold(self._lock)
         except BaseException:
             self._drop()
             raise
@@ -81,12 +76,12 @@ class Staging:
         path = self._path(name)
         with self._errors():
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            descriptor = disk.create(path)
         try:
             staged = StagedFile(self, descriptor)
             yield staged
             with self._errors():
-                _sync(descriptor)
+                disk.sync(descriptor)
         finally:
             os.close(descriptor)
         self.sha256[name] = staged.digest()
@@ -104,7 +99,7 @@ class Staging:
 
     def write_some(self, descriptor: int, data: bytes | memoryview) -> None:
         with self._errors():
-            _write(descriptor, data)
+            disk.write(descriptor, data)
 
     def _path(self, name: str) -> Path:
         parts = PurePosixPath(name).parts
@@ -115,15 +110,18 @@ class Staging:
     def _commit(self) -> None:
         """Read everything back, then swap the folder in while holding the parent's lock."""
         for name, digest in self.sha256.items():
-            if file_sha256(self._path(name)) != digest:
+            if disk.file_sha256(self._path(name)) != digest:
                 raise OutputError(f"{self.out}: {name} reads back other than it was written; is the disk failing?")
         for folder in {self._path(name).parent for name in self.sha256} | {self._folder}:
-            _sync_folder(folder)
-        with _exclusive(self.out.parent):
+            disk.sync_folder(folder)
+        with disk.exclusive(self.out.parent):
             refuse_existing(self.out, force=self._force)
             (self._folder / LOCK).unlink()
-            _place(self._folder, self.out)
-            _sync_folder(self.out.parent)
+            place(self._folder, self.out)
+            disk.sync_folder(self.out.parent)
+            if self._previous is not None and self._folder.exists():
+                shutil.rmtree(self._previous, ignore_errors=True)
+                disk.rename(self._folder, self._previous)
 
     def _drop(self) -> None:
         """Remove what is left beside the output; after a placed folder that is the old one, if there was one."""
@@ -132,12 +130,8 @@ class Staging:
             os.close(self._lock)
             self._lock = -1
 
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise as_output_error(self.out, error, self._need) from error
+    def _errors(self) -> AbstractContextManager[None]:
+        return disk.output_errors(self.out, self._need)
 
 
 class StagedFile:
@@ -156,173 +150,29 @@ class StagedFile:
         return self._hash.hexdigest()
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Put `data` at `path` in one step, replacing an old file; for single-file outputs. Raises OutputError."""
+def write_file(path: Path, data: bytes, *, force: bool = True) -> None:
+    """Put `data` at `path` in one step, replacing an old file; for single-file outputs.
+
+    force: an old file may be replaced. Raises OutputError, with nothing changed.
+    """
     path = Path(os.path.abspath(path))
-    temporary = path.with_name(f".malmen-{path.name}-{secrets.token_hex(4)}")
+    temporary = beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            _write(descriptor, data)
-            _sync(descriptor)
-        finally:
-            os.close(descriptor)
-        _rename(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise as_output_error(path, error, len(data)) from error
+        with disk.output_errors(path, len(data)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with disk.exclusive(path.parent):
+                clean_files(path)
+                refuse_existing_file(path, force=force)
+                descriptor = disk.create(temporary)
+                disk.hold(descriptor)
+            try:
+                disk.write(descriptor, data)
+                disk.sync(descriptor)
+                with disk.exclusive(path.parent):
+                    refuse_existing_file(path, force=force)
+                    disk.rename(temporary, path)
+            finally:
+                os.close(descriptor)
+            disk.sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def file_sha256(path: Path) -> str:
-    """The hex sha256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def refuse_existing(out: Path, *, force: bool) -> None:
-    """Raise OutputError unless `out` is absent, an empty folder, or (with force) a folder malmen wrote."""
-    if out.is_symlink():
-        raise OutputError(f"{out}: a symbolic link; name the folder it points to, or another one")
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: a file is in the way; name a folder that does not exist yet")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not any((out / mark).is_file() for mark in MARKS):
-        raise OutputError(f"{out}: not empty and not written by malmen; name another folder, or delete it yourself")
-    if not force:
-        raise OutputError(f"{out}: already there; use --force to replace it, or name another folder")
-
-
-def check_free(out: Path, need: int) -> None:
-    """Raise OutputError when the disk that will hold `out` has fewer than `need` bytes free."""
-    free = shutil.disk_usage(existing_ancestor(out)).free
-    if free < need:
-        raise OutputError(
-            f"{out}: {need:,} bytes are needed and {free:,} are free on that disk; make room, or name another disk"
-        )
-
-
-def existing_ancestor(path: Path) -> Path:
-    """The nearest of `path` and its parents that exists."""
-    return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
-def as_output_error(out: Path, error: OSError, need: int) -> OutputError:
-    """An operating system error on the way to `out`, in words."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        amount = f"{need:,} bytes are needed" if need else "more room is needed"
-        return OutputError(f"{out}: the disk is full; {amount}; nothing was changed")
-    return OutputError(f"{out}: cannot be written: {error.strerror or error}")
-
-
-def _write(descriptor: int, data: bytes | memoryview) -> None:
-    """Every byte malmen writes goes through here."""
-    view = memoryview(data).cast("B")
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def _sync(descriptor: int) -> None:
-    os.fsync(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _sync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _rename(source: Path, target: Path) -> None:
-    os.rename(source, target)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in a single step; False where the system cannot."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in _UNSUPPORTED:
-        return False
-    raise OSError(code, os.strerror(code))
-
-
-def _place(folder: Path, out: Path) -> None:
-    """Put `folder` at `out`; an old `out` ends up at `folder`'s name, to be removed."""
-    if not out.exists() or not any(out.iterdir()):
-        _rename(folder, out)
-    elif not _exchange(folder, out):
-        _rename_twice(folder, out)
-
-
-def _rename_twice(folder: Path, out: Path) -> None:
-    """Without an exchange the output is absent for a moment; `_clean` puts it back if we are killed in it."""
-    aside = folder.with_name(folder.name + ".old")
-    try:
-        _rename(out, aside)
-        _rename(folder, out)
-    except BaseException:
-        if aside.exists() and not out.exists():  # an interrupt may arrive just after either rename was done
-            _rename(aside, out)
-        raise
-    _rename(aside, folder)
-
-
-def _clean(out: Path) -> None:
-    """Put back an old output that a killed run had moved aside, then remove what killed runs left.
-
-    Raises OutputError when another living process is writing the same output.
-    """
-    pattern = re.compile(rf"\.malmen-{re.escape(out.name)}-[0-9a-f]{{8}}(\.old)?")
-    left = sorted(path for path in out.parent.iterdir() if pattern.fullmatch(path.name) and not path.is_symlink())
-    if any(_alive(path) for path in left):
-        raise OutputError(f"{out}: another malmen process is writing it; wait for it, or name another folder")
-    for path in left:
-        if path.name.endswith(".old") and not out.exists():
-            _rename(path, out)
-        elif path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _take_lock(folder: Path) -> int:
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    with contextlib.suppress(OSError):  # a file system without locks: nothing to hold
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
-
-
-def _alive(folder: Path) -> bool:
-    """Whether a living process holds the folder's lock."""
-    try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return False
-
-
-@contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """One malmen process at a time looks at, or renames in, `folder`; held for moments only."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

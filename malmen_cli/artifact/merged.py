@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from malmen_cli.artifact.atomic import CHUNK, MARKS, StagedFile, Staging
+from malmen_cli.artifact.atomic import CHUNK, StagedFile, Staging
 from malmen_cli.artifact.delta import CARD, norm_of, shape_of, with_shift
 from malmen_cli.artifact.manifest import MANIFEST, sealed
 from malmen_cli.artifact.output import check_output, plan_bytes
+from malmen_cli.artifact.placing import MARKS
 from malmen_cli.artifact.tensors import raw_bytes
 from malmen_cli.base.weights import INDEX_FILE, TensorEntry, read_index, read_tensor, rooms
 from malmen_cli.editing.shift import IN_OUT, ModuleShift, Shift

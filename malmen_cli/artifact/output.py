@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from malmen_cli.artifact.atomic import check_free, existing_ancestor, refuse_existing
+from malmen_cli.artifact.disk import check_free, existing_ancestor
+from malmen_cli.artifact.placing import refuse_existing
 from malmen_cli.base.locate import cache_home
 from malmen_cli.base.weights import read_index
 from malmen_cli.exceptions import OutputError

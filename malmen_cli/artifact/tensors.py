@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from malmen_cli.artifact.atomic import Staging, file_sha256
+from malmen_cli.artifact.atomic import Staging
+from malmen_cli.artifact.disk import file_sha256
 from malmen_cli.exceptions import EditorError
 
 NAMES = {

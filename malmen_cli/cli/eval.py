@@ -198,13 +198,14 @@ def _check_gates_measurable(minima: dict[str, float | None], protocol: str, *, g
 
 def _check_files(per_fact: Path | None, plot: Path | None, force: bool) -> None:
     """Files that cannot be written, or a picture that cannot be drawn, are refused before anything is asked."""
+    from malmen_cli.artifact.placing import refuse_existing_file
+
     for option, file in {"--per-fact": per_fact, "--plot": plot}.items():
         if file is None:
             continue
         if file.is_dir() or not file.absolute().parent.is_dir():
             raise OutputError(f"{file}: not a file in an existing folder; name another with {option}")
-        if file.exists() and not force:
-            raise OutputError(f"{file}: already there; use --force to replace it, or name another file")
+        refuse_existing_file(file, force=force)
     if plot is not None:
         from malmen_cli.scoring.plot import plot_format
 

@@ -97,7 +97,7 @@ def convert(
     elif output is None:
         console.data(lines.getvalue().removesuffix("\n"))
     else:
-        write_file(output, lines.getvalue().encode())
+        write_file(output, lines.getvalue().encode(), force=force)
         console.note(f"{output}: {counted}")
     said = {key: value for key, value in _summary(read).items() if key in _CONVERTED}
     place = {"output": str(output) if output is not None else None}
@@ -139,7 +139,8 @@ def _prose(summary: dict[str, Any]) -> str:
 
 
 def _refuse(output: Path, force: bool) -> None:
+    from malmen_cli.artifact.placing import refuse_existing_file
+
     if output.is_dir() or not output.parent.is_dir():
         raise OutputError(f"{output}: not a file in an existing folder")
-    if output.exists() and not force:
-        raise OutputError(f"{output}: already there; --force replaces it")
+    refuse_existing_file(output, force=force)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -11,18 +12,19 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from malmen_cli.artifact import atomic
+from malmen_cli.artifact import disk
 from malmen_cli.artifact.atomic import Staging, write_file
 from malmen_cli.exceptions import OutputError
 
 FILES = {"malmen.json": b"{}", "a.bin": b"a" * 30_000, "sub/b.bin": b""}
-LOW_LEVEL = ("_write", "_sync", "_rename", "_exchange")
+LOW_LEVEL = ("create", "write", "sync", "rename", "exchange")
 
 
-def write(out: Path, files: dict[str, bytes] = FILES, **options: bool | int) -> None:
+def write(out: Path, files: dict[str, bytes] = FILES, **options: Any) -> None:
     with Staging(out, **options) as staging:
         for name, data in files.items():
             staging.write(name, data)
@@ -39,7 +41,7 @@ def leftovers(out: Path) -> list[str]:
 
 
 def without_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(disk, "exchange", lambda one, other: False)
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_writes_exactly_the_files_and_their_digests(out: Path) -> None:
         assert not out.exists()
     assert content(out) == FILES
     assert leftovers(out) == []
-    assert staging.sha256 == {name: atomic.file_sha256(out / name) for name in FILES}
+    assert staging.sha256 == {name: disk.file_sha256(out / name) for name in FILES}
 
 
 def test_parents_are_created_and_an_empty_folder_is_filled(tmp_path: Path) -> None:
@@ -131,7 +133,7 @@ def count_steps(out: Path, old: dict[str, bytes] | None, monkeypatch: pytest.Mon
 def inject(patch: pytest.MonkeyPatch, k: int, failure: BaseException | None, *, after: bool) -> list[str]:
     calls: list[str] = []
     for name in LOW_LEVEL:
-        patch.setattr(atomic, name, failing(name, getattr(atomic, name), calls, k, failure, after))
+        patch.setattr(disk, name, failing(name, getattr(disk, name), calls, k, failure, after))
     return calls
 
 
@@ -164,7 +166,7 @@ def test_free_disk_is_checked_before_the_work(out: Path) -> None:
 
 
 def test_bytes_that_read_back_otherwise_are_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic, "_write", lambda descriptor, data: os.write(descriptor, bytes(len(data))))
+    monkeypatch.setattr(disk, "write", lambda descriptor, data: os.write(descriptor, bytes(len(data))))
     with pytest.raises(OutputError, match="reads back other than it was written"):
         write(out)
     assert content(out) is None
@@ -174,14 +176,16 @@ def test_bytes_that_read_back_otherwise_are_refused(out: Path, monkeypatch: pyte
 KILLER = """
 import json, os, signal, sys
 from pathlib import Path
-from malmen_cli.artifact import atomic
+from typing import Any
+from malmen_cli.artifact import disk
 from malmen_cli.artifact.atomic import Staging
+from malmen_cli.exceptions import OutputError
 
 root, exchange = Path(sys.argv[1]), sys.argv[2] == "True"
 NEW, OLD = {"malmen.json": "new", "a": "new", "b": "new"}, {"malmen.json": "old", "z": "old"}
 STEPS = ("open", "write", "fsync", "rename", "mkdir", "unlink", "rmdir")
 if not exchange:
-    atomic._exchange = lambda one, other: False
+    disk.exchange = lambda one, other: False
 
 def write(out, files):
     with Staging(out, force=True) as staging:
@@ -207,7 +211,7 @@ def patch(k, after):
         return step
     for name in STEPS:
         setattr(os, name, wrap(getattr(os, name)))
-    atomic._exchange = wrap(atomic._exchange)
+    disk.exchange = wrap(disk.exchange)
 
 seen, wrong, k, alive = {"old": 0, "new": 0, "absent": 0}, [], 0, False
 while not alive:
@@ -235,7 +239,7 @@ while not alive:
             try:
                 with Staging(out):
                     raise RuntimeError
-            except (RuntimeError, atomic.OutputError):
+            except (RuntimeError, OutputError):
                 pass
             if had and content(out) not in (OLD, NEW):
                 wrong.append([k, after, had, "not put back", content(out)])
@@ -249,9 +253,7 @@ print(json.dumps({"steps": k - 1, "seen": seen, "wrong": wrong}))
 def test_killed_at_every_system_call(tmp_path: Path, exchange: bool) -> None:
     """SIGKILL before and after every open, write, sync, rename, mkdir and removal; the next run cleans up."""
     command = [sys.executable, "-c", KILLER, str(tmp_path), str(exchange)]
-    finished = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(atomic.__file__).parents[2], check=False
-    )
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=Path(disk.__file__).parents[2], check=False)
     assert finished.returncode == 0, finished.stderr
     report = json.loads(finished.stdout)
     assert report["wrong"] == []
@@ -320,7 +322,7 @@ def test_file_system_without_locks(out: Path, monkeypatch: pytest.MonkeyPatch) -
     def no_locks(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "no locks")
 
-    monkeypatch.setattr(atomic.fcntl, "flock", no_locks)
+    monkeypatch.setattr(disk.fcntl, "flock", no_locks)
     (out.parent / ".malmen-out-01234567").mkdir()
     (out.parent / ".malmen-out-01234567" / ".lock").touch()
     write(out)
@@ -330,17 +332,17 @@ def test_file_system_without_locks(out: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS])
 def test_file_system_without_exchange(out: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic, "_RENAME_EXCHANGE", 0xFF)  # flags the kernel does not know
+    monkeypatch.setattr(disk, "_RENAME_EXCHANGE", 0xFF)  # flags the kernel does not know
     write(out, {"malmen.json": b"old"})
-    monkeypatch.setattr(atomic.ctypes, "get_errno", lambda: code)
+    monkeypatch.setattr(disk.ctypes, "get_errno", lambda: code)
     write(out, force=True)
     assert content(out) == FILES
 
 
 def test_an_exchange_that_fails_for_another_reason_is_an_error(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(out, {"malmen.json": b"old"})
-    monkeypatch.setattr(atomic, "_RENAME_EXCHANGE", 0xFF)
-    monkeypatch.setattr(atomic.ctypes, "get_errno", lambda: errno.EBUSY)
+    monkeypatch.setattr(disk, "_RENAME_EXCHANGE", 0xFF)
+    monkeypatch.setattr(disk.ctypes, "get_errno", lambda: errno.EBUSY)
     with pytest.raises(OutputError, match="cannot be written"):
         write(out, force=True)
     assert content(out) == {"malmen.json": b"old"}
@@ -348,7 +350,7 @@ def test_an_exchange_that_fails_for_another_reason_is_an_error(out: Path, monkey
 
 def test_no_c_library(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(out, {"malmen.json": b"old"})
-    monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *_, **__: object())
+    monkeypatch.setattr(disk.ctypes, "CDLL", lambda *_, **__: object())
     write(out, force=True)
     assert content(out) == FILES
 
@@ -373,3 +375,51 @@ class TestWriteFile:
             write_file(file, b"new")
         assert file.read_bytes() == b"old"
         assert leftovers(file) == []
+
+    def test_what_a_killed_run_left_is_removed_and_a_living_one_s_is_not(self, tmp_path: Path) -> None:
+        file, dead, living = (tmp_path / name for name in ("file", ".malmen-file-01234567", ".malmen-file-89abcdef"))
+        dead.write_bytes(b"half")
+        descriptor = disk.create(living)
+        disk.hold(descriptor)
+        write_file(file, b"new")
+        os.close(descriptor)
+        assert leftovers(file) == [living.name]
+        write_file(file, b"newer")
+        assert leftovers(file) == []
+
+    def test_a_file_that_appeared_meanwhile_is_not_overwritten(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file, sync = tmp_path / "file", disk.sync
+        monkeypatch.setattr(disk, "sync", lambda descriptor: (file.write_bytes(b"theirs"), sync(descriptor)))
+        with pytest.raises(OutputError, match="already there"):
+            write_file(file, b"mine", force=False)
+        assert content(tmp_path) == {"file": b"theirs"}
+
+    def test_a_pipe_or_device_is_no_file_to_replace(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(OutputError, match="not an ordinary file"):
+            write_file(tmp_path / "pipe", b"x")
+        assert (tmp_path / "pipe").is_fifo()
+
+
+class TestPrevious:
+    """What a folder replaced can be kept for, in case the new one is damaged later."""
+
+    def test_is_the_folder_replaced_last(self, out: Path, tmp_path: Path) -> None:
+        for text in (b"1", b"2", b"3"):
+            write(out, {"malmen.json": text}, force=True, previous=tmp_path / "before")
+        assert (content(out), content(tmp_path / "before")) == ({"malmen.json": b"3"}, {"malmen.json": b"2"})
+        assert leftovers(out) == []
+
+    def test_a_failure_at_every_step_leaves_a_whole_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for k in range(12):
+            out, before = tmp_path / f"out-{k}", tmp_path / f"before-{k}"
+            for text in (b"1", b"2"):
+                write(out, {"malmen.json": text}, force=True, previous=before)
+            with monkeypatch.context() as patch:
+                inject(patch, k, OSError(errno.EIO, "I/O error"), after=False)
+                with contextlib.suppress(OutputError):
+                    write(out, {"malmen.json": b"3"}, force=True, previous=before)
+            assert content(out) in ({"malmen.json": b"2"}, {"malmen.json": b"3"})
+            assert content(before) in (None, {"malmen.json": b"1"}, {"malmen.json": b"2"})

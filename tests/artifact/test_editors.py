@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import malmen_cli
-from malmen_cli.artifact.atomic import file_sha256
 from malmen_cli.artifact.delta import CARD
+from malmen_cli.artifact.disk import file_sha256
 from malmen_cli.artifact.editors import (
     DESCRIPTION,
     TENSORS,

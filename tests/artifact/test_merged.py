@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from malmen_cli.artifact import atomic
+from malmen_cli.artifact import disk
 from malmen_cli.artifact.adapter import write_adapter
 from malmen_cli.artifact.delta import read_delta, write_delta
 from malmen_cli.artifact.manifest import read_sealed
@@ -196,7 +196,7 @@ def test_manifest_names_every_file_and_what_was_left_out(
         assert (tmp_path / "m" / name).read_text() == text
     found = {p.relative_to(tmp_path / "m").as_posix() for p in (tmp_path / "m").rglob("*") if p.is_file()}
     assert found - {"malmen.json"} == set(said["files"])
-    assert said["files"] == {name: atomic.file_sha256(tmp_path / "m" / name) for name in said["files"]}
+    assert said["files"] == {name: disk.file_sha256(tmp_path / "m" / name) for name in said["files"]}
     assert {key: said[key] for key in manifest} == manifest
 
 
@@ -378,8 +378,8 @@ def test_a_failure_at_every_write(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """T24: at the k-th write, for every k, the output stays absent or old; then the next run succeeds."""
-    shift, out, original = make_shift(sharded, 2), tmp_path / "m", atomic._write
-    monkeypatch.setattr(atomic, "_sync", lambda descriptor: None)  # fsync is slow and fails in test_atomic.py
+    shift, out, original = make_shift(sharded, 2), tmp_path / "m", disk.write
+    monkeypatch.setattr(disk, "sync", lambda descriptor: None)  # fsync is slow and fails in test_atomic.py
     if force:
         write_merged(out, sharded, make_shift(sharded, 1), {}, card="old", force=False)
     before = {path.name: path.read_bytes() for path in out.iterdir()} if force else None
@@ -393,7 +393,7 @@ def test_a_failure_at_every_write(
                 raise failure
             original(descriptor, data)
 
-        monkeypatch.setattr(atomic, "_write", fail_at_kth)
+        monkeypatch.setattr(disk, "write", fail_at_kth)
         try:
             write_merged(out, sharded, shift, {}, card="new", force=force)
         except (OutputError, KeyboardInterrupt):
@@ -413,7 +413,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from conftest import build_shift
 from malmen_cli.artifact.adapter import write_adapter
-from malmen_cli.artifact.atomic import file_sha256
+from malmen_cli.artifact.disk import file_sha256
 from malmen_cli.artifact.card import model_card
 from malmen_cli.artifact.delta import write_delta
 from malmen_cli.artifact.editors import save_editor
@@ -442,7 +442,7 @@ def test_same_inputs_same_bytes(tmp_path: Path, sharded: Path) -> None:
     for seed in ("0", "1"):
         command = [sys.executable, "-c", STABLE, str(Path(__file__).parent), str(sharded), str(tmp_path / seed)]
         (tmp_path / seed).mkdir()
-        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(atomic.__file__).parents[2])}
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(disk.__file__).parents[2])}
         printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
         for line in printed.splitlines():
             name, digest = line.split()

@@ -1,0 +1,138 @@
+"""What malmen asks of the file system while it writes: the one place where a full or failing disk is met.
+
+Outputs are written through these functions and no others, so that a test can let any of them fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from malmen_cli.exceptions import OutputError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
+
+
+def create(path: Path) -> int:
+    """A descriptor of the new file `path`, for writing; FileExistsError where there is one."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def write(descriptor: int, data: bytes | memoryview) -> None:
+    """All of `data`: every byte of an output goes through here."""
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def sync(descriptor: int) -> None:
+    """What was written survives a power cut."""
+    os.fsync(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """`source` becomes `target`, in a single step."""
+    os.rename(source, target)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in a single step; False where the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _UNSUPPORTED:
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def hold(descriptor: int) -> None:
+    """Lock an open file for as long as its descriptor, or this process, lives."""
+    with contextlib.suppress(OSError):  # a file system without locks: nothing to hold
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a living process holds the file `path`."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """One malmen process at a time looks at, or renames in, `folder`; held for moments only."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """The hex sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_free(out: Path, need: int) -> None:
+    """Raise OutputError when the disk that will hold `out` has fewer than `need` bytes free."""
+    free = shutil.disk_usage(existing_ancestor(out)).free
+    if free < need:
+        raise OutputError(
+            f"{out}: {need:,} bytes are needed and {free:,} are free on that disk; make room, or name another disk"
+        )
+
+
+def existing_ancestor(path: Path) -> Path:
+    """The nearest of `path` and its parents that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+@contextlib.contextmanager
+def output_errors(out: Path, need: int) -> Iterator[None]:
+    """An operating system error on the way to `out`, of `need` bytes, becomes an OutputError in words."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(_in_words(out, error, need)) from error
+
+
+def _in_words(out: Path, error: OSError, need: int) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        amount = f"{need:,} bytes are needed" if need else "more room is needed"
+        return f"{out}: the disk is full; {amount}; nothing was changed"
+    return f"{out}: cannot be written: {error.strerror or error}"
