@@ -97,17 +97,18 @@ def read_delta(folder: Path, *, fingerprint: str | None) -> tuple[Shift, dict[st
             f"{folder / TENSORS}: {min(tensors)} belongs to no module of the manifest; write the delta again"
         )
     _check_rows(folder, shift)
+    for name, module in shift.modules.items():
+        if module.rank is not None and module.rank > shape_of(module)[0]:
+            raise EditorError(
+                f"{folder / TENSORS}: {name} has factors of more columns than rows; write the delta again"
+            )
     shift.check_finite()
     return shift, manifest
 
 
 def shape_of(module: ModuleShift) -> tuple[int, int]:
     """(dk, dv) of a module's shift."""
-    if module.dense is not None:
-        return int(module.dense.shape[0]), int(module.dense.shape[1])
-    assert module.left is not None
-    assert module.right is not None
-    return int(module.left.shape[0]), int(module.right.shape[1])
+    return module.shape
 
 
 def norm_of(module: ModuleShift) -> float:

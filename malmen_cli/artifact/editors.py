@@ -29,14 +29,22 @@ DESCRIPTION = "editor.json"
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
-def save_editor(out: Path, tensors: Mapping[str, Tensor], description: Mapping[str, object], *, force: bool) -> None:
+def save_editor(
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    description: Mapping[str, object],
+    *,
+    force: bool,
+    previous: Path | None = None,
+) -> None:
     """Write an editor folder. `description` is any JSON object; `base.fingerprint` in it ties the editor to a base.
 
-    Raises NumericsError for a tensor that is not finite and OutputError when the folder cannot be written.
+    previous: where an editor that is replaced is kept. Raises NumericsError for a tensor that is not finite and
+    OutputError when the folder cannot be written.
     """
     _check_finite(str(out), tensors)
     check_output(out, base_folder=None, force=force)
-    with Staging(out, force=force, need=tensors_bytes(tensors) + SIDE_FILES_BYTES) as staging:
+    with Staging(out, force=force, need=tensors_bytes(tensors) + SIDE_FILES_BYTES, previous=previous) as staging:
         write_tensors(staging, TENSORS, tensors)
         files = dict(staging.sha256)
         staging.write(CARD, editor_card(dict(description) | {"files": files}).encode())

@@ -1,61 +1,15 @@
-"""malmen.json and editor.json: canonical JSON that carries its own sha256.
-
-Canonical means sorted keys, two spaces, one newline at the end, so that the same content has the same bytes; the seal
-means that a damaged or hand-edited file is refused instead of half believed.
-"""
+"""What every folder of ours says of itself, and whether it was made for the base at hand. The form: base/sealed.py."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from malmen_cli.exceptions import EditorError, NumericsError
+from malmen_cli.base.sealed import MANIFEST, SCHEMA, SEAL, canonical, read_sealed, sealed
+from malmen_cli.exceptions import EditorError
 
-SCHEMA = 1
-MANIFEST = "malmen.json"
-SEAL = "seal"
-MAX_BYTES = 1 << 30
-
-
-def canonical(content: Mapping[str, object]) -> str:
-    """`content` as canonical JSON text. Raises NumericsError for NaN and Inf, which JSON does not have."""
-    try:
-        return json.dumps(content, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    except ValueError:
-        raise NumericsError("a figure for the manifest is NaN or Inf; the shift cannot be trusted") from None
-
-
-def sealed(content: Mapping[str, object]) -> bytes:
-    """The bytes of a manifest: `content`, the schema version, and the sha256 over both."""
-    body = {key: value for key, value in content.items() if key != SEAL} | {"schema": SCHEMA}
-    return canonical(body | {SEAL: _digest(body)}).encode()
-
-
-def read_sealed(path: Path) -> dict[str, Any]:
-    """What `sealed` wrote, without the seal. Raises EditorError when missing, damaged or of a newer schema."""
-    if not path.is_file():
-        raise EditorError(f"{path}: not found; this is not a folder written by malmen")
-    if path.stat().st_size > MAX_BYTES:
-        raise EditorError(f"{path}: too large to be a manifest; write the folder again")
-    try:
-        text = path.read_bytes().decode()
-        content = json.loads(text)
-        if not isinstance(content, dict) or canonical(content) != text:
-            raise ValueError
-        seal = content.pop(SEAL)
-        intact = seal == _digest(content)
-    except (ValueError, KeyError, RecursionError, NumericsError):
-        intact = False
-    if not intact:
-        raise EditorError(f"{path}: damaged or edited by hand (its checksum does not match); write the folder again")
-    if content.get("schema") != SCHEMA:
-        raise EditorError(
-            f"{path}: schema {content.get('schema')!r} is not {SCHEMA}; it was written by another version of malmen"
-        )
-    return dict(content)
+__all__ = ["MANIFEST", "SCHEMA", "SEAL", "base_fingerprint", "canonical", "check_base", "read_sealed", "sealed"]
 
 
 def base_fingerprint(content: Mapping[str, Any]) -> str | None:
@@ -75,7 +29,3 @@ def check_base(folder: Path, content: Mapping[str, Any], fingerprint: str | None
             f"{folder}: made for another base ({name or 'unnamed'}, fingerprint {str(made_for)[:12]}) "
             f"than the one given (fingerprint {fingerprint[:12]}); give that base, or make it anew for this one"
         )
-
-
-def _digest(body: Mapping[str, object]) -> str:
-    return hashlib.sha256(canonical(body).encode()).hexdigest()

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from malmen_cli.base.cache import cache_home, cached_digest
+from malmen_cli.base.gguf_header import check_gguf
 from malmen_cli.base.weights import read_index
 from malmen_cli.exceptions import CheckpointError
 
-MAGIC = b"GGUF"
 CHUNK_BYTES = 8 * 1024**2
 
 
@@ -49,9 +49,6 @@ def converted(gguf: Path, *, note: Callable[[str], None] | None = None) -> Path:
 def _sha256(gguf: Path) -> str:
     try:
         with gguf.open("rb") as stream:
-            if stream.read(len(MAGIC)) != MAGIC:
-                raise CheckpointError(f"{gguf}: not a GGUF file; fetch it again")
-            stream.seek(0)
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(f"{gguf}: cannot be read: {error.strerror or error}") from None
@@ -90,6 +87,7 @@ def _load_and_save(gguf: Path, source: Path, built: Path) -> None:
     """Read `source/model.gguf` with transformers and write the folder `built`; `gguf` is for messages."""
     from safetensors import SafetensorError
 
+    check_gguf(gguf)
     try:
         with _quiet():
             model, tokenizer, absent = _load(source)

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from malmen_cli.base.cache import cache_home
+from malmen_cli.base.config import check_sizes, read_config
 from malmen_cli.base.gguf import converted
 from malmen_cli.base.header import load_json, shown
 from malmen_cli.base.weights import INDEX_FILE, PICKLE_SUFFIXES, SINGLE_FILE, read_index
+from malmen_cli.base.written import check_written
 from malmen_cli.exceptions import CheckpointError
 
 __all__ = ["ALIASES", "Alias", "Located", "cache_home", "locate"]
@@ -130,18 +132,14 @@ def _check_folder(folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: has an adapter_config.json, so transformers would add an adapter; merge it first"
         )
-    try:
-        settings = load_json(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{config}: not a model configuration: {shown(error)}") from None
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{config}: not a model configuration: it is no JSON object")
+    settings = read_config(folder)
     asked = settings.get("transformers_weights")
     if asked is not None:
         raise CheckpointError(
             f"{config}: transformers_weights points at {shown(asked)}; remove it and name the file {SINGLE_FILE}"
         )
-    read_index(folder)
+    check_sizes(folder, settings, len(read_index(folder)))
+    check_written(folder)
 
 
 def _no_config(folder: Path) -> str:

@@ -20,7 +20,7 @@ from malmen_cli.exceptions import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "TensorEntry", "fingerprint", "read_index", "read_tensor"]
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "TensorEntry", "fingerprint", "is_plain", "read_index", "read_tensor"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -136,7 +136,7 @@ def _read_shards(folder: Path, weight_map: dict[str, str]) -> dict[str, TensorEn
 def _checked(folder: Path, name: str) -> Path:
     """`folder / name` once `name` is known to be a plain file of the folder. Raises CheckpointError."""
     where = f"{folder / INDEX_FILE}: names the file {shown(name)}"
-    if not _is_plain(name):
+    if not is_plain(name):
         raise CheckpointError(f"{where}, but may name only files beside it; do not use this checkpoint")
     if not name.endswith((".safetensors", INDEX_FILE)):
         raise CheckpointError(f"{where}, which is not safetensors and is not opened; convert the checkpoint")
@@ -152,7 +152,7 @@ def _checked(folder: Path, name: str) -> Path:
     return path
 
 
-def _is_plain(name: str) -> bool:
+def is_plain(name: str) -> bool:
     """One component on every system: no separator, drive, parent, control character or lone surrogate."""
     if name in ("", ".", "..") or any(character in "/\\:" for character in name):
         return False

@@ -78,7 +78,7 @@ def apply(
     batch_size: options.BatchSize = 32,
     seed: options.Seed = 0,
     trust_remote_code: options.TrustRemoteCode = False,
-    force: options.Force = False,
+    force: options.ForceEdit = False,
     dry_run: options.DryRun = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -104,6 +104,7 @@ def apply(
     from malmen_cli.editing.spec import MemitSpec, Spec, read_spec
     from malmen_cli.exceptions import EditorError
     from malmen_cli.facts.files import read_facts
+    from malmen_cli.guard import refuse_destructive
 
     started = time.monotonic()
     console = Console(quiet=quiet, verbose=verbose, json=json)
@@ -126,6 +127,7 @@ def apply(
         return
     ready = ready_for(loaded, settings, read.facts, **asked, seed=seed, note=console.note, debug=console.debug)
     shift = _shift(console, loaded, ready, read.facts, batch_size)
+    refuse_destructive(loaded, shift, read.facts, batch_size=batch_size, force=force, warn=console.warn)
     report = _score(console, loaded, ready, shift, read.facts[:score], batch_size, seed)
     said = manifest(loaded, ready, read.facts, read.sha256, seed)
     written = write_edit(out, loaded, shift, said, format=format, force=force)

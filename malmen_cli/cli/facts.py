@@ -15,6 +15,9 @@ from malmen_cli.cli.console import Console
 from malmen_cli.exceptions import OutputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from malmen_cli.facts.fact import Fact
     from malmen_cli.facts.files import FactFile
 
 app = typer.Typer(
@@ -55,8 +58,10 @@ def check(
       grep -v draft facts.jsonl | malmen facts check -
     """
     console = Console(quiet=quiet, json=json)
-    summary = _summary(_read(facts, dialect))
+    read = _read(facts, dialect)
+    summary = _summary(read)
     console.note(_prose(summary))
+    _warn_contradictions(console, read.facts)
     console.document(summary)
 
 
@@ -136,6 +141,16 @@ def _prose(summary: dict[str, Any]) -> str:
         shown = ", ".join(f"{tag} {count}" for tag, count in tags[:_MOST_TAGS])
         lines.append(f"  tags: {shown}" + (f" and {len(tags) - _MOST_TAGS} more" if len(tags) > _MOST_TAGS else ""))
     return "\n".join(lines)
+
+
+def _warn_contradictions(console: Console, facts: Sequence[Fact]) -> None:
+    """No mistake, as two wordings may differ in earnest; but no model can learn both."""
+    from malmen_cli.facts.contradictions import contradictions
+
+    pairs = list(contradictions(facts))
+    if pairs:
+        one, other = pairs[0]
+        console.warn(f"{len(pairs)} facts contradict another in other words, the first: {one.id} and {other.id}")
 
 
 def _refuse(output: Path, force: bool) -> None:

@@ -86,6 +86,14 @@ Force = Annotated[
     bool,
     typer.Option("--force", help="Replace an output that is already there.", rich_help_panel=_OUTPUT),
 ]
+ForceEdit = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Replace an output that is already there; write an edit even where it destroys the model.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Say what would be done and stop.", rich_help_panel=_OUTPUT),

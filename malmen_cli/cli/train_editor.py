@@ -108,7 +108,7 @@ def train_editor(
     from malmen_cli.base.locate import locate
     from malmen_cli.base.model import load_base
     from malmen_cli.editing.spec import read_editor_spec
-    from malmen_cli.training.session import Order, state_folder, train
+    from malmen_cli.training.session import Order, train, unfinished
 
     if out is None and no_install:
         raise typer.BadParameter("--no-install needs -o DIR: the editor would be nowhere")
@@ -121,7 +121,7 @@ def train_editor(
     folder = locate(base, revision=revision, note=console.note).folder
     loaded = load_base(base, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     place = out or _own_place(loaded, chosen.method)
-    resuming = resume and state_folder(place).exists()
+    resuming = resume and unfinished(place)
     check_output(place, base_folder=folder, force=force or resuming or out is None)
     if dry_run:
         _dry_run(console, loaded, order, place)

@@ -101,9 +101,20 @@ def edit_rows(
 
 def fact_loss(logits: Tensor, batch: Batch) -> Tensor:
     """Sum over facts of the mean cross-entropy of the fact's answer tokens, in fp32."""
+    return _token_losses(logits, batch).sum()
+
+
+def fact_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """The mean cross-entropy of each fact's answer tokens, (B,) fp32."""
+    losses = _token_losses(logits, batch)
+    return losses.new_zeros(len(batch.ids)).index_add(0, batch.owners, losses)
+
+
+def _token_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """The cross-entropy of each answer token, divided by the number of its fact's."""
     losses = cross_entropy(logits.float(), batch.labels, reduction="none")
     counts = torch.bincount(batch.owners, minlength=len(batch.ids)).to(losses)
-    return (losses / counts[batch.owners]).sum()
+    return losses / counts[batch.owners]
 
 
 def _batch_rows(

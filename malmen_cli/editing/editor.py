@@ -101,6 +101,7 @@ class Editor:
         cls, model: Any, settings: MalmenSettings, state: Mapping[str, Tensor], *, where: str = "editor"
     ) -> Editor:
         """The editor whose `state()` this was. Raises EditorError for missing, extra or mis-shaped tensors."""
+        _check_size(where, settings, state)
         editor = cls.fresh(model, settings)
         expected = set(editor.state())
         if expected != set(state):
@@ -123,6 +124,23 @@ class Editor:
 def compact(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An editor's state as it is saved: the large tensors in bfloat16, the others as they are."""
     return {name: t.bfloat16() if name.split(".", 1)[1] in HALVED else t for name, t in state.items()}
+
+
+def _check_size(where: str, settings: MalmenSettings, state: Mapping[str, Tensor]) -> None:
+    """The settings of a stranger's editor may ask for a network of any size: it is built only if its tensors are here.
+
+    `down` is (blocks, dk + dv, rank) and the largest.
+    """
+    down = state.get("0.down")
+    if down is None:
+        raise EditorError(f"{where}: tensor 0.down is missing; the editor does not fit this base and its settings")
+    given = (down.shape[0], down.shape[-1]) if down.dim() == 3 else (0, 0)
+    asked = (settings.blocks if settings.network == "mlp" else 0, settings.rank)
+    if given != asked:
+        raise EditorError(
+            f"{where}: tensor 0.down is for {given[0]} blocks of rank {given[1]}, its settings say {asked[0]} of rank "
+            f"{asked[1]}; the editor does not fit its settings"
+        )
 
 
 def _check_shapes(where: str, index: int, group: Group, state: Mapping[str, Tensor]) -> None:

@@ -185,10 +185,12 @@ def solve(keys: Tensor, values: Tensor, penalty: Penalty) -> Solution:
     return solution
 
 
-def refuse_singular(residual: float) -> None:
-    """Raise NumericsError where a solve in fp64 left a relative residual above RESIDUAL_LIMIT, or NaN."""
+def refuse_singular(residual: float, *modules: str) -> None:
+    """Raise NumericsError where a solve in fp64 left a relative residual above RESIDUAL_LIMIT, or NaN; of `modules`."""
     if not residual <= RESIDUAL_LIMIT:
-        raise NumericsError(f"the normal equation is singular (relative residual {residual:.1e} in fp64); raise lambda")
+        where = modules[0] + (f" to {modules[-1]}" if len(modules) > 1 else "") + ": " if modules else ""
+        found = f"relative residual {residual:.1e} in fp64"
+        raise NumericsError(f"{where}the normal equation is singular ({found}); raise lambda")
 
 
 def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

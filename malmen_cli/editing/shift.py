@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from malmen_cli.exceptions import NumericsError
+from malmen_cli.exceptions import EditorError, NumericsError
 
 IN_OUT = "in_out"  # Conv1D keeps its weight as (dk, dv)
 OUT_IN = "out_in"  # nn.Linear keeps the transpose, (dv, dk)
@@ -38,6 +38,14 @@ class ModuleShift:
             return self.dense
         assert self.left is not None and self.right is not None
         return self.left @ self.right
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(dk, dv)."""
+        if self.dense is not None:
+            return int(self.dense.shape[0]), int(self.dense.shape[1])
+        assert self.left is not None and self.right is not None
+        return int(self.left.shape[0]), int(self.right.shape[1])
 
     def for_weight(self) -> Tensor:
         """The shift as the module stores its weight: (dk, dv) for Conv1D, (dv, dk) for Linear."""
@@ -87,6 +95,25 @@ class Shift:
                     raise NumericsError(f"the shift of {name} is not finite; try a smaller step or a larger lambda")
 
 
+def check_fits(model: nn.Module, shift: Shift) -> None:
+    """Raise EditorError for a module that the model does not have, or that has another shape or layout.
+
+    Judged by the factors' shapes, before their product is made: of a stranger's delta it may be of any size.
+    """
+    modules = dict(model.named_modules())
+    for name, module in shift.modules.items():
+        found = modules.get(name)
+        weight = getattr(found, "weight", None)
+        if found is None or not isinstance(weight, Tensor) or weight.dim() != 2:
+            raise EditorError(f"the shift changes {name}, which the model does not have; it was made for another base")
+        shape = module.shape if module.layout == IN_OUT else module.shape[::-1]
+        if module.layout != weight_layout(found) or tuple(weight.shape) != shape:
+            raise EditorError(
+                f"the shift of {name} is for a weight of shape {shape}, not {tuple(weight.shape)}; "
+                "it was made for another base"
+            )
+
+
 @contextmanager
 def applied(model: nn.Module, shift: Shift) -> Iterator[None]:
     """Run the body with every module's weight at round(fp32 weight + fp32 shift), then copy the originals back.
@@ -94,6 +121,7 @@ def applied(model: nn.Module, shift: Shift) -> Iterator[None]:
     Copies, never subtractions: one `+=`/`-=` round trip changes weights. The sum is rounded once.
     """
     shift.check_finite()
+    check_fits(model, shift)
     kept: dict[str, Tensor] = {}
     try:
         for name, module_shift in shift.modules.items():

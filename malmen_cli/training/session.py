@@ -15,6 +15,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from malmen_cli import __version__
 from malmen_cli.artifact.editors import load_editor, save_editor
 from malmen_cli.base.families import block_index
@@ -65,6 +67,17 @@ def state_folder(out: Path) -> Path:
     return out.with_name(out.name + ".training")
 
 
+def state_before(out: Path) -> Path:
+    """Where the state before that one is kept, for the day the last one turns out damaged."""
+    kept = state_folder(out)
+    return kept.with_name(kept.name + ".before")
+
+
+def unfinished(out: Path) -> bool:
+    """Whether there is a training to go on with."""
+    return state_folder(out).exists() or state_before(out).exists()
+
+
 def train(
     base: Base,
     order: Order,
@@ -84,17 +97,17 @@ def train(
     is of other facts, settings or base.
     """
     kept = state_folder(out)
-    if kept.exists() and not resume and not force:
+    there = unfinished(out)
+    if there and not resume and not force:
         raise OutputError(f"{kept}: an unfinished training; go on with --resume, or start over with --force")
     trainer = _trainer(base, order, note)
     digest = order.digest(base)
-    resuming = resume and kept.exists()
+    resuming = resume and there
     if resuming:
-        trainer.calibration = _restore(trainer, kept, digest)
+        trainer.calibration = _restore(trainer, out, digest, note)
         note(f"going on after step {trainer.step}")
     else:
-        if kept.exists():
-            shutil.rmtree(kept)  # given up: nobody may resume it by mistake
+        _give_up(out)  # nobody may resume it by mistake
         if resume:
             note("nothing to resume: starting from the beginning")
         trainer.prepare(note)
@@ -106,7 +119,8 @@ def train(
             "base": {"fingerprint": base.fingerprint},
             "calibration": _plain(trainer.calibration),
         }
-        save_editor(kept, tensors, state | {"history": [_plain(p) for p in trainer.history]}, force=True)
+        state |= {"history": [_plain(p) for p in trainer.history]}
+        save_editor(kept, tensors, state, force=True, previous=state_before(out))
 
     with _interrupts_between_steps() as check:
 
@@ -124,7 +138,7 @@ def train(
     finished = trainer.finish(note)
     description = describe(base, order, trainer, finished)
     save_editor(out, finished.state, description, force=force or resuming or replace)
-    shutil.rmtree(kept, ignore_errors=True)
+    _give_up(out)
     return Trained(out, description)
 
 
@@ -173,8 +187,29 @@ def _trainer(base: Base, order: Order, note: Callable[[str], None]) -> Trainer:
     return Trainer(runner, editor, train, valid, order.training, seed=order.seed, batch_size=order.batch_size)
 
 
-def _restore(trainer: Trainer, kept: Path, digest: str) -> Calibration:
-    tensors, plain = load_editor(kept)
+def _give_up(out: Path) -> None:
+    for folder in (state_before(out), state_folder(out)):  # the last one last: without it there is nothing to resume
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _last_whole(out: Path, note: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The last state, or the one before in its place where it is damaged. Raises EditorError when neither is whole."""
+    kept, before = state_folder(out), state_before(out)
+    try:
+        return load_editor(kept)
+    except EditorError as error:
+        if not before.exists():
+            raise
+        found = load_editor(before)
+        note(f"{error}; going on with the state before")
+    shutil.rmtree(kept, ignore_errors=True)
+    before.rename(kept)
+    return found
+
+
+def _restore(trainer: Trainer, out: Path, digest: str, note: Callable[[str], None]) -> Calibration:
+    kept = state_folder(out)
+    tensors, plain = _last_whole(out, note)
     if plain.get("order") != digest:
         raise EditorError(
             f"{kept}: a training of other facts, settings, seed or base; give the same ones, or start over with --force"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from malmen_cli.facts.files import facts_sha256
 from malmen_cli.training.facts import encode_examples
 from malmen_cli.training.loop import Progress, Trainer
 from malmen_cli.training.objective import MetaLoss
-from malmen_cli.training.session import Order, state_folder, train
+from malmen_cli.training.session import Order, state_before, state_folder, train
 from malmen_cli.training.settings import TrainingSettings
 
 SETTINGS = MalmenSettings(last_blocks=1, rank=4, preserved_rank=8)
@@ -363,3 +364,53 @@ def test_a_model_that_cannot_be_replayed_is_said_so(
     notes: list[str] = []
     train(tiny_base, replace(order, training=replace(TRAINING, steps=1)), tmp_path / "editor", note=notes.append)
     assert any("cannot be replayed" in note for note in notes)
+
+
+# ---------------------------------------------------------------- a damaged state
+
+
+def saved_twice(base: Base, order: Order, out: Path) -> None:
+    """A training stopped behind its second save: states of step 2 and step 3 lie beside the output."""
+    with pytest.raises(KeyboardInterrupt):
+        train(base, order, out, report=interrupt_at(3, ctrl_c))
+
+
+@pytest.mark.parametrize("file", ["editor.safetensors", "editor.json"])
+@pytest.mark.parametrize("left", [0.0, 0.5, None])
+def test_a_truncated_state_falls_back_to_the_one_before(
+    tiny_base: Base, order: Order, tmp_path: Path, file: str, left: float | None
+) -> None:
+    """Cut to nothing, cut in half, or gone: the result is that of an unbroken run, bit for bit."""
+    out, notes = tmp_path / "editor", []
+    saved_twice(tiny_base, order, out)
+    assert [load_editor(folder)[1]["step"] for folder in (state_folder(out), state_before(out))] == [3, 2]
+    damaged = state_folder(out) / file
+    if left is None:
+        damaged.unlink()
+    else:
+        os.truncate(damaged, int(left * damaged.stat().st_size))
+    train(tiny_base, order, out, resume=True, note=notes.append)
+    assert any("going on with the state before" in note for note in notes)
+    assert "going on after step 2" in notes
+    train(tiny_base, order, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["editor", "whole"]
+
+
+def test_when_both_are_damaged_nothing_is_believed(tiny_base: Base, order: Order, tmp_path: Path) -> None:
+    out = tmp_path / "editor"
+    saved_twice(tiny_base, order, out)
+    for folder in (state_folder(out), state_before(out)):
+        os.truncate(folder / "editor.json", 10)
+    with pytest.raises(EditorError, match="damaged"):
+        train(tiny_base, order, out, resume=True)
+
+
+def test_the_state_before_alone_is_an_unfinished_training(tiny_base: Base, order: Order, tmp_path: Path) -> None:
+    out, notes = tmp_path / "editor", []
+    saved_twice(tiny_base, order, out)
+    shutil.rmtree(state_folder(out))
+    with pytest.raises(OutputError, match="--resume, or start over with --force"):
+        train(tiny_base, order, out)
+    train(tiny_base, order, out, resume=True, note=notes.append)
+    assert "going on after step 2" in notes

@@ -83,9 +83,9 @@ class Malmen:
             residuals.append(residual)
         row_facts = tuple(fact_ids[i] for i in order.tolist())
         shift = Shift({name: modules[name] for name in self.editor.names}, row_facts, max(residuals))
+        for collector, residual in zip(collectors, residuals, strict=True):
+            refuse_singular(residual, *collector.group.names)
         shift.check_finite()
-        for residual in residuals:
-            refuse_singular(residual)
         return shift
 
     @torch.no_grad()

@@ -127,8 +127,8 @@ class Memit:
         note(said)
         shift = Shift(modules, residual=max(residuals))
         shift.check_finite()
-        for residual in residuals:
-            refuse_singular(residual)
+        for name, residual in zip(names, residuals, strict=True):
+            refuse_singular(residual, name)
         return shift
 
     def _solver(self, base: Base, name: str, rows: int) -> Ridge | Chain:
