@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 # The facts that the shipped editor is trained and chosen on; see `make editor`.
 MALMEN_DATA ?= ../shared/data
 
-.PHONY: demo editor test test-fast lint format docs clean
+.PHONY: demo editor test test-fast faults fuzz lint format docs clean
 
 # What a user does next: plain transformers, in a process that knows nothing of malmen.
 define ASK
@@ -49,6 +49,15 @@ test: $(VENV)/.dev
 
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest --quiet -m "not slow"
+
+# Every operation of the disk x every fault x every command that writes, and 210 kills: about 15 minutes.
+faults: $(VENV)/.dev
+	MALMEN_FAULTS=full $(BIN)/python -m pytest --quiet -rP tests/faults
+
+# So many seconds in all, from a new seed, which is printed: MALMEN_FUZZ_SEED=N begins there again.
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/.dev
+	MALMEN_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest --quiet -rP tests/fuzz
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -90,18 +90,13 @@ def read_delta(folder: Path, *, fingerprint: str | None) -> tuple[Shift, dict[st
     shift = Shift(
         {name: _module(folder, name, said, tensors) for name, said in modules.items()},
         row_facts=tuple(str(fact) for fact in row_facts),
-        residual=float((manifest.get("solver") or {}).get("residual", 0.0)),
+        residual=_residual(folder, manifest.get("solver")),
     )
     if tensors:
         raise EditorError(
             f"{folder / TENSORS}: {min(tensors)} belongs to no module of the manifest; write the delta again"
         )
     _check_rows(folder, shift)
-    for name, module in shift.modules.items():
-        if module.rank is not None and module.rank > shape_of(module)[0]:
-            raise EditorError(
-                f"{folder / TENSORS}: {name} has factors of more columns than rows; write the delta again"
-            )
     shift.check_finite()
     return shift, manifest
 
@@ -112,9 +107,10 @@ def shape_of(module: ModuleShift) -> tuple[int, int]:
 
 
 def norm_of(module: ModuleShift) -> float:
-    """Frobenius norm of a module's shift, in fp64; of factors through their Gram matrices, never the product."""
-    if module.dense is not None:
-        return float(module.dense.double().norm())
+    """Frobenius norm of a module's shift, in fp64; of factors through whichever is smaller, their product or their Gram
+    matrices, so that what is made never outgrows what was read."""
+    if module.dense is not None or int(module.rank or 0) ** 2 > module.shape[0] * module.shape[1]:
+        return float(module.matrix().double().norm())
     assert module.left is not None
     assert module.right is not None
     left, right = module.left.double(), module.right.double()
@@ -143,6 +139,14 @@ def _shapes_said(said: Mapping[str, Any]) -> dict[str, list[int]] | None:
     if not isinstance(shape, list) or len(shape) != 2:
         return None
     return {"dense": shape} if rank is None else {"left": [shape[0], rank], "right": [rank, shape[1]]}
+
+
+def _residual(folder: Path, solver: object) -> float:
+    """What the manifest says of the solve; 0 where it says nothing."""
+    found = solver.get("residual", 0.0) if isinstance(solver, dict) else 0.0 if solver is None else solver
+    if not isinstance(found, int | float):
+        raise EditorError(f"{folder / MANIFEST}: its solver residual is no number; write the delta again")
+    return float(found)
 
 
 def _check_rows(folder: Path, shift: Shift) -> None:

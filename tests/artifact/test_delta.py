@@ -16,8 +16,10 @@ from safetensors import safe_open
 
 from malmen_cli.artifact.delta import TENSORS, is_delta, norm_of, read_delta, write_delta
 from malmen_cli.artifact.manifest import canonical, read_sealed, sealed
+from malmen_cli.base import sealed as sealed_module
+from malmen_cli.base.model import load_base
 from malmen_cli.base.weights import fingerprint
-from malmen_cli.editing.shift import IN_OUT, ModuleShift, Shift
+from malmen_cli.editing.shift import IN_OUT, OUT_IN, ModuleShift, Shift, applied
 from malmen_cli.exceptions import EditorError, MalmenError, NumericsError, OutputError
 
 
@@ -147,9 +149,8 @@ def test_tensors_other_than_the_manifest_says(delta: Path, change: Callable[[dic
 
 def test_a_newer_schema_is_refused(delta: Path) -> None:
     content = read_sealed(delta / "malmen.json") | {"schema": 2}
-    from malmen_cli.artifact import manifest
 
-    text = canonical(content | {"seal": manifest._digest(content)})
+    text = canonical(content | {"seal": sealed_module._digest(content)})
     (delta / "malmen.json").write_text(text)
     with pytest.raises(EditorError, match="schema 2 is not 1"):
         read_delta(delta, fingerprint=None)
@@ -231,3 +232,43 @@ def test_the_delta_of_schema_1_still_loads() -> None:
     assert torch.equal(shift.modules["dense"].for_weight(), expected.T)
     assert shift.row_facts == ("only",)
     assert json.dumps(manifest["facts"]) == '{"count": 1, "sha256": "cd"}'
+
+
+def test_factors_of_any_shape_take_no_more_room_than_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million columns beside one row: the Gram matrices would take eight terabytes."""
+    row, column = torch.ones(1, 1_000_000), torch.ones(1_000_000, 1)
+    assert norm_of(ModuleShift(IN_OUT, left=row, right=column)) == pytest.approx(1e6)
+    assert norm_of(ModuleShift(IN_OUT, left=column, right=row)) == pytest.approx(1e6)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "shape"),
+    [
+        ("transformer.h.0.mlp.c_proj", IN_OUT, (64, 31)),
+        ("transformer.h.0.mlp.c_proj", IN_OUT, (1, 32)),  # would be added to every row
+        ("transformer.h.0.mlp.c_proj", IN_OUT, (10**6, 10**6)),  # would take four terabytes
+        ("transformer.h.0.mlp.c_proj", OUT_IN, (64, 32)),
+        ("transformer.h.9.mlp.c_proj", IN_OUT, (64, 32)),
+        ("transformer.h.0.ln_1", IN_OUT, (32, 32)),
+        ("transformer.h.0", IN_OUT, (32, 32)),
+    ],
+)
+def test_a_delta_that_does_not_fit_the_model_is_not_applied(
+    tiny_gpt2: Path, name: str, layout: str, shape: tuple[int, int]
+) -> None:
+    """A stranger's delta may have the right fingerprint and anything else wrong."""
+    model = load_base(str(tiny_gpt2), device="cpu").model
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    factors = {"left": torch.ones(shape[0], 1), "right": torch.ones(1, shape[1])}
+    shift = Shift({name: ModuleShift(layout, **factors)})
+    with pytest.raises(EditorError, match="made for another base"), applied(model, shift):
+        pytest.fail("it was applied")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("solver", [{"residual": []}, {"residual": "0"}, {"residual": None}, [{"residual": 0.0}], "x"])
+def test_a_sealed_manifest_whose_solver_is_none_is_refused(delta: Path, solver: Any) -> None:
+    """Found by make fuzz: a stranger can seal anything."""
+    (delta / "malmen.json").write_bytes(sealed(read_sealed(delta / "malmen.json") | {"solver": solver}))
+    with pytest.raises(EditorError, match="solver residual is no number"):
+        read_delta(delta, fingerprint=None)
