@@ -22,7 +22,7 @@ from malmen_cli.base.sampling import sampled_texts
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.methods.finetune import Finetune, tuned_module
 from malmen_cli.editing.methods.malmen import Malmen
-from malmen_cli.editing.replay import Runner
+from malmen_cli.editing.replay import SPILL_BYTES, Runner, edit_cache
 from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, from_mapping
 from malmen_cli.editing.shift import Shift, applied
 from malmen_cli.editing.spec import FinetuneSpec, MemitSpec, Spec
@@ -207,12 +207,14 @@ def make_shift(
     facts: Sequence[Fact],
     *,
     batch_size: int,
+    memory: int | None = None,
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Shift:
     """All facts in one shift, gone over as often as the settings say. Raises NumericsError naming the module.
 
     A later pass captures on the model as edited so far: what was learned already asks for nothing more.
+    memory: bytes that the outputs of the blocks in front may take between two passes; what is more goes to disk.
     note: called with every epoch's loss of fine-tuning, and with what MEMIT found.
     """
     if isinstance(ready, Insertion):
@@ -220,11 +222,13 @@ def make_shift(
     edits = encode_edits(base, facts, end_of_text=ready.settings.end_of_text)
     if isinstance(ready, Tuning):
         module = tuned_module(base.model, ready.settings)
-        tuned, runner = Finetune(ready.settings, seed=ready.seed), Runner(base, block_index(base.model, module))
+        tuned = Finetune(ready.settings, seed=ready.seed)
+        runner = Runner(base, block_index(base.model, module), **_room(base, memory))
         return tuned.shift(runner, module, edits, batch_size=batch_size, progress=progress, note=note)
     # The blocks in front of the first edited one are the same in every pass: their output is kept, within bounds.
     again = ready.settings.passes > 1
-    runner = Runner(base, min(block_index(base.model, name) for name in ready.editor.names) if again else 0)
+    first = min(block_index(base.model, name) for name in ready.editor.names) if again else 0
+    runner = Runner(base, first, **_room(base, memory))
     method, ids = Malmen(ready.editor), [fact.id for fact in facts]
     shift = method.shift(runner, edits, ids, batch_size=batch_size, keep=again, progress=progress)
     for _ in range(1, ready.settings.passes):
@@ -232,6 +236,11 @@ def make_shift(
             more = method.shift(runner, edits, ids, batch_size=batch_size, keep=again, progress=progress)
         shift = shift.plus(more)
     return shift
+
+
+def _room(base: Base, memory: int | None) -> dict[str, int]:
+    """Where a Runner keeps the blocks' outputs: in memory, and beyond it on disk."""
+    return {"cache_bytes": edit_cache(base) if memory is None else memory, "spill_bytes": SPILL_BYTES}
 
 
 def manifest(

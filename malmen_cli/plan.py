@@ -14,7 +14,7 @@ from malmen_cli.edit import encode_edits, trained_or_none
 from malmen_cli.editing.capture import row_count
 from malmen_cli.editing.methods.finetune import tuned_module
 from malmen_cli.editing.methods.memit import memit_modules
-from malmen_cli.editing.replay import CACHE_BYTES
+from malmen_cli.editing.replay import edit_cache
 from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings
 from malmen_cli.editing.spec import FinetuneSpec, MemitSpec, Spec
 from malmen_cli.facts.fact import Fact
@@ -119,7 +119,7 @@ def _tuning_plan(base: Base, edits: Sequence[Encoded], settings: FinetuneSetting
     name = tuned_module(base.model, settings)
     dk, dv = matrix_shape(base.model.get_submodule(name))
     tokens = sum(len(edit.ids) for edit in edits)
-    kept = min(CACHE_BYTES, tokens * base.model.get_input_embeddings().embedding_dim * base.dtype.itemsize)
+    kept = min(edit_cache(base), tokens * base.model.get_input_embeddings().embedding_dim * base.dtype.itemsize)
     memory = 5 * 4 * dk * dv + kept + _forward_bytes(base, edits, min(batch_size, settings.batch_facts))
     # Every token's key is in the gradient, not those of answers alone.
     return Plan({name: (dk, dv)}, len(edits), tokens, tokens, memory, settings.passes, tuned=True)

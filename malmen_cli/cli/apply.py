@@ -76,6 +76,7 @@ def apply(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     batch_size: options.BatchSize = 32,
+    max_memory: options.MaxMemory = None,
     seed: options.Seed = 0,
     trust_remote_code: options.TrustRemoteCode = False,
     force: options.ForceEdit = False,
@@ -126,7 +127,7 @@ def apply(
         _dry_run(console, loaded, read, settings, out, **asked, format=format, force=force)
         return
     ready = ready_for(loaded, settings, read.facts, **asked, seed=seed, note=console.note, debug=console.debug)
-    shift = _shift(console, loaded, ready, read.facts, batch_size)
+    shift = _shift(console, loaded, ready, read.facts, batch_size, max_memory)
     refuse_destructive(loaded, shift, read.facts, batch_size=batch_size, force=force, warn=console.warn)
     report = _score(console, loaded, ready, shift, read.facts[:score], batch_size, seed)
     said = manifest(loaded, ready, read.facts, read.sha256, seed)
@@ -140,7 +141,12 @@ def apply(
 
 
 def _shift(
-    console: Console, base: Base, ready: Ready | Tuning | Insertion, facts: Sequence[Fact], batch_size: int
+    console: Console,
+    base: Base,
+    ready: Ready | Tuning | Insertion,
+    facts: Sequence[Fact],
+    batch_size: int,
+    memory: int | None,
 ) -> Shift:
     from malmen_cli.edit import Tuning, make_shift
     from malmen_cli.insertion import Insertion
@@ -159,7 +165,9 @@ def _shift(
         progress.update(text)
 
     with console.progress(said, len(facts) * passes) as progress:
-        shift = make_shift(base, ready, facts, batch_size=batch_size, progress=progress.advance, note=note)
+        shift = make_shift(
+            base, ready, facts, batch_size=batch_size, memory=memory, progress=progress.advance, note=note
+        )
     if last:
         console.note(f"{'fine-tuned' if isinstance(ready, Tuning) else ready.method}: {last}")
     return shift

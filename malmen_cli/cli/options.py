@@ -6,12 +6,29 @@ A subcommand writes `revision: options.Revision = None`; defaults stand in its o
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
 _MODEL = "Model"
 _OUTPUT = "Output"
+
+_UNITS = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
+
+
+def _size(text: str) -> int:
+    """Bytes of a size such as 512MB or 2GB."""
+    number, unit = text[:-2].strip(), text[-2:].upper()
+    try:
+        size = float(number) * _UNITS[unit]
+        return int(size) if size >= 0 else _refuse(text)
+    except (KeyError, ValueError, OverflowError):
+        return _refuse(text)
+
+
+def _refuse(text: str) -> NoReturn:
+    raise typer.BadParameter(f"{text!r} is not a size; write it as 512MB or 2GB")
+
 
 Base = Annotated[
     str,
@@ -64,6 +81,17 @@ BatchSize = Annotated[
         min=1,
         help="Prompts in one forward pass. Changes speed and memory, never the result.",
         rich_help_panel=_MODEL,
+    ),
+]
+MaxMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        parser=_size,
+        help="Memory for what is kept between two passes over the facts (64MB, 2GB ...); what is more goes to disk.",
+        rich_help_panel=_MODEL,
+        show_default=False,
     ),
 ]
 Seed = Annotated[

@@ -85,6 +85,7 @@ def train_editor(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     batch_size: options.BatchSize = 64,
+    max_memory: options.MaxMemory = None,
     seed: options.Seed = 0,
     trust_remote_code: options.TrustRemoteCode = False,
     force: options.Force = False,
@@ -135,6 +136,7 @@ def train_editor(
             resume=resume,
             force=force,
             replace=out is None,
+            memory=max_memory,
             note=console.note,
             report=reporter,
         )

@@ -21,10 +21,19 @@ from torch import Tensor, nn
 from malmen_cli.base.families import block_list
 from malmen_cli.base.model import Base, logits_at
 from malmen_cli.base.prompts import Encoded
+from malmen_cli.base.spill import Spill
 
-CACHE_BYTES = 2 << 30  # kept block inputs, beyond which the least recently used are dropped and recomputed
+CACHE_BYTES = 2 << 30  # kept block inputs, beyond which the least recently used are spilled, or dropped and recomputed
+EDIT_CACHE_BYTES = 64 << 20  # of an edit on the CPU: each pass asks for a state once, which disk gives soon enough
+SPILL_BYTES = 64 << 30  # on disk, where spilling is asked for
 # Largest logit difference to a full forward, relative to the largest logit (2e-2 in half precision).
 REPLAY_TOLERANCE = 1e-3
+
+
+def edit_cache(base: Base) -> int:
+    """Bytes of block inputs that an edit keeps in memory unless told otherwise."""
+    return EDIT_CACHE_BYTES if base.device.type == "cpu" else CACHE_BYTES
+
 
 Behind = tuple[int, Callable[[Tensor], Tensor]]
 
@@ -73,7 +82,7 @@ class Runner:
     was not, every run is a full one.
     """
 
-    def __init__(self, base: Base, first: int = 0, *, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, base: Base, first: int = 0, *, cache_bytes: int = CACHE_BYTES, spill_bytes: int = 0) -> None:
         self.base = base
         self.model: Any = base.model
         self.first = first
@@ -83,6 +92,7 @@ class Runner:
         self._states: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         self._company: dict[tuple[int, ...], tuple[Encoded, ...]] = {}
         self._free = cache_bytes
+        self._spill = Spill(spill_bytes)
         self.replaying = self._verify() and first > 0  # in any case: it also notes what the blocks return
 
     def keep_company(self, sequences: Sequence[Encoded]) -> None:
@@ -144,6 +154,8 @@ class Runner:
             if sequence.ids in self._states:
                 self._states.move_to_end(sequence.ids)
                 found[sequence.ids] = self._states[sequence.ids]
+            elif (spilled := self._spill.get(sequence.ids, self.base.device)) is not None:
+                found[sequence.ids] = spilled  # stays on disk: in a pass over all facts each is asked for once
             elif sequence.ids not in self._company:
                 alone[sequence.ids] = sequence
             elif sequence.ids not in found:
@@ -172,8 +184,12 @@ class Runner:
         for ids, state in states.items():
             self._free -= state.nbytes - (self._states[ids].nbytes if ids in self._states else 0)
             self._states[ids] = state
+        gone: dict[tuple[int, ...], Tensor] = {}
         while self._free < 0 and len(self._states) > 1:
-            self._free += self._states.popitem(last=False)[1].nbytes
+            ids, state = self._states.popitem(last=False)
+            gone[ids] = state
+            self._free += state.nbytes
+        self._spill.add(gone)
 
     def _forward(
         self,

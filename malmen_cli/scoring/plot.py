@@ -153,6 +153,25 @@ def curve_plot(description: Mapping[str, Any], kind: str) -> bytes:
         return _bytes(figure, kind)
 
 
+def scale_plot(rows: Sequence[tuple[int, float, int]], kind: str) -> bytes:
+    """Seconds and peak bytes against the number of facts, (facts, seconds, bytes) each, on logarithmic axes."""
+    rows = sorted(rows)
+    sizes = [row[0] for row in rows]
+    with _drawing((7.2, 3.0)) as figure:
+        seconds, memory = figure.subplots(1, 2)
+        for axes, values, title in (
+            (seconds, [row[1] for row in rows], "seconds"),
+            (memory, [row[2] / 1e9 for row in rows], "peak memory beyond the facts, GB"),
+        ):
+            axes.plot(sizes, values, color=PALETTE[0], marker=MARKERS[0])
+            axes.set(title=title, xlabel="facts", xscale="log")
+            axes.set_xticks(sizes, _labels(sizes))
+            axes.minorticks_off()
+        seconds.set_yscale("log")
+        memory.set_ylim(0, 1.2 * max(row[2] for row in rows) / 1e9)
+        return _bytes(figure, kind)
+
+
 def _validated(item: Mapping[str, Any]) -> Point:
     """One validation of `editor.json` (`es_teacher_forced`, ...) under the names of a report."""
     shares: dict[str, float | None] = {name: item["validation"].get(name.replace(".", "_", 1)) for name in SCORED}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
+from malmen_cli.base.memory import halving
 from malmen_cli.base.prompts import Encoded, by_length
 from malmen_cli.editing.capture import fact_loss, weight_gradients
 from malmen_cli.editing.replay import Batch, Runner
@@ -102,16 +103,19 @@ def meta_loss(
         weight: float,
     ) -> float:
         loss = 0.0
-        for indices in by_length([len(s.ids) for s in sequences], batch_size):
+
+        def batch(indices: Sequence[int]) -> tuple[float, dict[str, Tensor]]:
             part = [sequences[i] for i in indices]
             if gradients:
-                value, found = weight_gradients(runner, part, names, loss_of(indices))
+                return weight_gradients(runner, part, names, loss_of(indices))
+            with torch.no_grad():
+                return float(loss_of(indices)(*runner.logits(part))), {}
+
+        for batched in by_length([len(s.ids) for s in sequences], batch_size):
+            for value, found in halving(batched, batch):
+                loss += value
                 for name, gradient in found.items():
                     sums[name] = sums[name].add_(gradient, alpha=weight) if name in sums else gradient * weight
-            else:
-                with torch.no_grad():
-                    value = float(loss_of(indices)(*runner.logits(part)))
-            loss += value
         return loss / max(len(sequences), 1)
 
     learned = run(wordings, lambda indices: fact_loss, 1 / max(len(wordings), 1))

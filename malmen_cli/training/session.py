@@ -22,7 +22,7 @@ from malmen_cli.artifact.editors import load_editor, save_editor
 from malmen_cli.base.families import block_index
 from malmen_cli.base.model import Base
 from malmen_cli.editing.editor import Editor
-from malmen_cli.editing.replay import Runner
+from malmen_cli.editing.replay import CACHE_BYTES, SPILL_BYTES, Runner
 from malmen_cli.editing.spec import Spec
 from malmen_cli.exceptions import EditorError, OutputError
 from malmen_cli.facts.fact import Fact
@@ -86,13 +86,15 @@ def train(
     resume: bool = False,
     force: bool = False,
     replace: bool = False,
+    memory: int | None = None,
     note: Callable[[str], None] = lambda text: None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Trained:
     """Train an editor and save it at `out`. Its state is kept at every validation and on interruption.
 
     resume: continue the unfinished training kept beside `out`; the result is bitwise that of an unbroken run.
-    force: give up an unfinished training and an old output; replace: an old output only.
+    force: give up an unfinished training and an old output; replace: an old output only. memory: bytes that the
+    outputs of the blocks in front may take; what is more goes to disk, and never changes a bit of the result.
     Raises OutputError when an unfinished training is there and neither resume nor force is given, EditorError when it
     is of other facts, settings or base.
     """
@@ -100,7 +102,7 @@ def train(
     there = unfinished(out)
     if there and not resume and not force:
         raise OutputError(f"{kept}: an unfinished training; go on with --resume, or start over with --force")
-    trainer = _trainer(base, order, note)
+    trainer = _trainer(base, order, memory, note)
     digest = order.digest(base)
     resuming = resume and there
     if resuming:
@@ -174,10 +176,12 @@ def _facts(facts: Sequence[Fact], sources: Sequence[str]) -> dict[str, Any]:
     return {"sha256": facts_sha256(facts), "count": len(facts), "sources": [Path(source).name for source in sources]}
 
 
-def _trainer(base: Base, order: Order, note: Callable[[str], None]) -> Trainer:
+def _trainer(base: Base, order: Order, memory: int | None, note: Callable[[str], None]) -> Trainer:
     settings = order.spec.settings
     editor = Editor.fresh(base.model, settings, seed=order.seed)
-    runner = Runner(base, min(block_index(base.model, name) for name in editor.names))
+    first = min(block_index(base.model, name) for name in editor.names)
+    budget = CACHE_BYTES if memory is None else memory
+    runner = Runner(base, first, cache_bytes=budget, spill_bytes=SPILL_BYTES)
     if not runner.replaying and runner.first > 0:
         note("this model's blocks cannot be replayed; every step runs all of them")
     train, valid = (

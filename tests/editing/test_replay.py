@@ -256,6 +256,21 @@ def test_company_gives_the_same_bits_whoever_is_asked_first(load: Callable, fami
         assert all(torch.equal(states[ids], state) for ids, state in found[0].items())
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_spilled_states_are_the_very_states(load: Callable, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of nothing that spills gives the bits of one that holds everything, and computes no prefix twice."""
+    base = load(family, layers=4)
+    small, large = Runner(base, 2, cache_bytes=1, spill_bytes=1 << 20), Runner(base, 2)
+    with torch.no_grad():
+        for runner in (small, large):
+            runner.logits(SEQUENCES)
+        assert len(states_of(small)) == 1
+        monkeypatch.setattr(Runner, "_run_prefix", None)
+        for asked in ([2, 0], [4], [1, 3, 2, 0, 4]):
+            mine, theirs = (runner.logits([SEQUENCES[i] for i in asked])[0] for runner in (small, large))
+            assert torch.equal(mine, theirs)
+
+
 def test_company_survives_a_small_cache(load: Callable) -> None:
     base = load("gpt2", layers=4)
     small, large = Runner(base, 2, cache_bytes=1), Runner(base, 2)
