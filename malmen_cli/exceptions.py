@@ -58,5 +58,9 @@ class OutputError(MalmenError):
     """An output that cannot be written, or must not be overwritten (exit 6)."""
 
 
+class RankError(MalmenError):
+    """Another process of a run of several died (exit 70); its own message says why."""
+
+
 class MemoryLimitError(MalmenError):
     """Out of memory even at one fact a batch (exit 7)."""

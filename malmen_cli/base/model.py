@@ -56,7 +56,8 @@ class Base:
 def pick_device(device: str) -> torch.device:
     """`auto` is CUDA where there is one, else the CPU."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Of several ranks, each has a device of its own (see ranks.joined).
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         picked = torch.device(device)
         torch.ones(1, device=picked).item()  # a device that cannot give a value back (meta) is no use

@@ -12,6 +12,7 @@ import typer
 
 from malmen_cli.cli import options, show
 from malmen_cli.cli.console import Console
+from malmen_cli.cli.processes import rank
 
 if TYPE_CHECKING:
     from malmen_cli.base.model import Base
@@ -130,6 +131,8 @@ def apply(
     shift = _shift(console, loaded, ready, read.facts, batch_size, max_memory)
     refuse_destructive(loaded, shift, read.facts, batch_size=batch_size, force=force, warn=console.warn)
     report = _score(console, loaded, ready, shift, read.facts[:score], batch_size, seed)
+    if rank() > 0:
+        return
     said = manifest(loaded, ready, read.facts, read.sha256, seed)
     written = write_edit(out, loaded, shift, said, format=format, force=force)
     show.modules(console, written)

@@ -17,6 +17,8 @@ from typing import Any, TextIO
 
 import typer
 
+from malmen_cli.cli.processes import rank
+
 MASK = "***"
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
@@ -144,7 +146,8 @@ class Console:
         stdout: TextIO | None = None,
         stderr: TextIO | None = None,
     ) -> None:
-        self.quiet, self.verbose, self.json = quiet, verbose, json
+        self._rank = rank()  # of several processes the first one speaks for all; the others only say why they stop
+        self.quiet, self.verbose, self.json = quiet or self._rank > 0, verbose, json and self._rank == 0
         self._out = Stream(stdout or sys.stdout)
         self._err = Stream(stderr or sys.stderr)
 
@@ -164,7 +167,7 @@ class Console:
 
     def error(self, text: str) -> None:
         """Why the program stops; shown even under -q."""
-        self._err.prose(text)
+        self._err.prose(f"rank {self._rank}: {text}" if self._rank else text)
 
     def table(self, renderable: Any) -> None:
         """A rich table (or anything rich prints) on stderr."""
@@ -193,7 +196,7 @@ class Console:
 
     def data(self, line: str) -> None:
         """A line on stdout; with --json the document is all there is."""
-        if not self.json:
+        if not self.json and not self._rank:
             self._out.prose(line) if self._out.terminal else self._out.write(line + "\n")
 
     def _rich(self) -> Any:

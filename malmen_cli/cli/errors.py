@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from typer.exceptions import TyperException
 
+from malmen_cli.cli import processes
 from malmen_cli.cli.console import Console
 from malmen_cli.exceptions import (
     CheckpointError,
@@ -19,6 +20,7 @@ from malmen_cli.exceptions import (
     MemoryLimitError,
     NumericsError,
     OutputError,
+    RankError,
     SpecError,
 )
 
@@ -34,6 +36,7 @@ EXIT_CODES: dict[type[BaseException], int] = {
     OutputError: OUTPUT,
     MemoryLimitError: MEMORY,
     MemoryError: MEMORY,
+    RankError: INTERNAL,
     KeyboardInterrupt: INTERRUPTED,
 }
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
@@ -54,10 +57,14 @@ _QUIET_LIBRARIES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `malmen` with these arguments (else those of the process) and return its exit code; never raises."""
     _prepare()
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if processes.idle(arguments):
+        return DONE
     try:
         from malmen_cli.cli.app import app
 
-        code = app(args=None if argv is None else list(argv), prog_name="malmen", standalone_mode=False)
+        with processes.together(arguments):
+            code = app(args=arguments, prog_name="malmen", standalone_mode=False)
     except SystemExit as leaving:
         code = leaving.code
     except BaseException as error:  # noqa: BLE001  # the last line of defence: a user never sees a bare traceback
@@ -93,7 +100,7 @@ def _lines(error: BaseException, code: int) -> list[str]:
         return _problems(error)
     if isinstance(error, TyperException) and not error.format_message():
         return []  # no command was given: typer has printed the help
-    if code == INTERNAL:
+    if code == INTERNAL and not isinstance(error, RankError):
         what = f"{type(error).__name__}: {_one_line(error)}"
         return [f"malmen: internal error: {what} (run again with MALMEN_TRACEBACK=1 to see where)"]
     if code == INTERRUPTED:

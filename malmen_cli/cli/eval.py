@@ -12,6 +12,7 @@ import typer
 
 from malmen_cli.cli import options
 from malmen_cli.cli.console import Console
+from malmen_cli.cli.processes import rank
 from malmen_cli.exceptions import OutputError
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ def evaluate(
         return
     loading = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     report = _score(console, pair, folder, chosen, loading, batch_size, not no_greedy, seed)
+    if rank() > 0:
+        return
     _publish(console, report, pair, minima, gate_protocol, per_fact, plot, started)
 
 

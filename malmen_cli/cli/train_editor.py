@@ -15,6 +15,7 @@ import typer
 from malmen_cli.cli import options
 from malmen_cli.cli.console import Console
 from malmen_cli.cli.console import Progress as Bar
+from malmen_cli.cli.processes import rank
 
 if TYPE_CHECKING:
     from malmen_cli.base.model import Base
@@ -140,6 +141,8 @@ def train_editor(
             note=console.note,
             report=reporter,
         )
+    if rank() > 0:
+        return
     if not no_install:
         _warn_replaced(console, loaded, chosen.method)
         installed = install_editor(place, loaded.fingerprint)

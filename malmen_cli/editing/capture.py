@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from malmen_cli.base import ranks
 from malmen_cli.base.memory import halving
 from malmen_cli.base.prompts import Encoded, by_length
 from malmen_cli.editing.replay import Batch, Runner, make_batch
@@ -90,12 +91,15 @@ def edit_rows(
     runner: Runner, edits: Sequence[Encoded], names: Sequence[str], batch_size: int, tokens: str, *, keep: bool = False
 ) -> Iterator[Rows]:
     """Keys and value gradients of `edits` at the places that `tokens` asks for, one LM batch at a time, longest first.
+    Of several ranks, each has the rows of its share of the edits.
 
     The loss of a fact is the sum over its answer tokens divided by their number, and facts are summed, so that
     the rows do not depend on how facts are batched. A batch that does not fit in memory is halved.
     Raises NumericsError naming module and fact position, MemoryLimitError when one fact does not fit.
     """
-    for indices in by_length([len(e.ids) for e in edits], batch_size):
+    own = ranks.share(len(edits))
+    for batch in by_length([len(edits[i].ids) for i in own], batch_size):
+        indices = [own[place] for place in batch]
         yield from halving(indices, lambda part: _batch_rows(runner, edits, names, part, tokens, keep=keep))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from malmen_cli.base import ranks
 from malmen_cli.exceptions import NumericsError
 
 RESIDUAL_LIMIT = 1e-4  # a worse relative residual in fp32 is solved again in fp64
@@ -148,12 +149,12 @@ def solve_dual(keys: Tensor, values: Tensor, penalty: Penalty) -> Solution:
 
 
 class NormalEquations:
-    """Kw'Kw + I and Kw'V as sums over rows: memory does not grow with the number of facts."""
+    """Kw'Kw and Kw'V as sums over rows: memory does not grow with the number of facts."""
 
     def __init__(self, penalty: Penalty, width: int, out: int) -> None:
         modules, like = len(penalty.lam), penalty.lam
         self.penalty = penalty
-        self.gram = torch.eye(width, dtype=like.dtype, device=like.device).repeat(modules, 1, 1)
+        self.gram = torch.zeros(modules, width, width, dtype=like.dtype, device=like.device)
         self.cross = torch.zeros(modules, width, out, dtype=like.dtype, device=like.device)
 
     def add(self, keys: Tensor, values: Tensor) -> None:
@@ -162,7 +163,13 @@ class NormalEquations:
         self.gram.baddbmm_(whitened, whitened.mT)
         self.cross.baddbmm_(whitened, values.to(self.cross.dtype))
 
+    def add_up(self) -> None:
+        """Take in the rows of all ranks."""
+        ranks.add_up(self.gram, self.cross)
+
     def solve(self) -> Solution:
+        """The shift; no more rows can be added."""
+        self.gram.diagonal(dim1=-2, dim2=-1).add_(1)
         inner, factor, residual = _solve(self.gram, self.cross)
         return Solution(None, None, self.penalty.whiten(inner), factor, None, self.penalty, residual)
 

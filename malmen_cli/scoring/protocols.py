@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from malmen_cli.base import ranks
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded, encode, encode_prompt
 from malmen_cli.exceptions import CheckpointError, FactsError, Problem
 from malmen_cli.facts.fact import Fact, Probe
-from malmen_cli.scoring.decoder import DecoderOnly
+from malmen_cli.scoring.decoder import DecoderOnly, Forced
 from malmen_cli.scoring.metrics import normalise
 
 GREEDY_MARGIN = 5  # tokens greedy text may run past the answer's length
@@ -82,7 +83,12 @@ def collect(
     prompts = list(dict.fromkeys(question.prompt for question in asked)) if greedy else []
     counter = _Counter(len(questions) + len(prompts), progress)
     runner = _runner(base, batch_size, counter.advance)
-    forced = runner.teacher_forced(encoded)
+    forced = [
+        Forced(tuple(argmax), tuple(logprobs))
+        for argmax, logprobs in ranks.spread(
+            encoded, lambda own: [(one.argmax, one.logprobs) for one in runner.teacher_forced(own)]
+        )
+    ]
     texts: dict[Question, str] = {}
     if greedy:
         limits = {question: _limit(item) for question, item in zip(questions, encoded, strict=True)}
@@ -90,7 +96,9 @@ def collect(
         for question in asked:  # a prompt with several targets is run once, to the longest
             budgets[question.prompt] = max(budgets[question.prompt], limits[question])
         heads = [encode_prompt(base.tokenizer, prompt) for prompt in prompts]
-        written = dict(zip(prompts, runner.greedy(heads, [budgets[prompt] for prompt in prompts]), strict=True))
+        limited = list(zip(heads, (budgets[prompt] for prompt in prompts), strict=True))
+        texts_of = ranks.spread(limited, lambda own: runner.greedy([h for h, _ in own], [b for _, b in own]))
+        written = dict(zip(prompts, texts_of, strict=True))
         texts = {question: runner.text(written[question.prompt][: limits[question]]) for question in asked}
     return Answers(
         {

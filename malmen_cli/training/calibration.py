@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from malmen_cli.base import ranks
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing.capture import Rows, all_keys, edit_rows
 from malmen_cli.editing.editor import Editor, Group
@@ -51,13 +52,16 @@ def preserve(editor: Editor, runner: Runner, sequences: Sequence[Encoded], batch
         for group in editor.groups
     }
     count = 0
-    for keys in all_keys(runner, sequences, editor.names, batch_size):
+    own = [sequences[i] for i in ranks.share(len(sequences))]
+    for keys in all_keys(runner, own, editor.names, batch_size):
         count += len(keys[editor.names[0]])
         for group in editor.groups:
             for place, name in enumerate(group.names):  # one at a time: a wide model's take gigabytes each
                 moments[group.names][place] += keys[name].mT @ keys[name]
+    total = torch.tensor(count, device=device)
+    ranks.add_up(total, *moments.values())
     for group in editor.groups:
-        group.preserved = Preserved.of(moments[group.names] / count, rank).to(group.network.mean.device)
+        group.preserved = Preserved.of(moments[group.names] / total, rank).to(group.network.mean.device)
 
 
 def calibrate(
@@ -150,8 +154,10 @@ def _natural_log_lr(group: Group, rows: Captured, parts: Sequence[Rows]) -> Tens
     with torch.no_grad():
         pseudo_keys, pseudo_gradients = group.network.features(rows.keys, rows.gradients, rows.roles)
         agreement, push = (rows.keys * pseudo_keys).sum(-1).abs(), pseudo_gradients.norm(dim=-1)
-        outputs = torch.cat([group.stack(part.values) for part in parts], 1).norm(dim=-1)
-        roles = torch.cat([part.roles for part in parts])  # of the outputs, which are not in the order of facts
+        none = rows.keys.new_zeros(len(group.names), 0)  # of a rank without a fact
+        outputs = torch.cat([none, *(group.stack(part.values).norm(dim=-1) for part in parts)], 1)
+        roles = torch.cat([rows.roles[:0], *(part.roles for part in parts)])
+        outputs, roles = ranks.collected(outputs, 1), ranks.collected(roles)  # which are not in the order of facts
         for role in range(group.network.roles):
             mine = _of_role(rows.roles, role)
             sizes = agreement[:, mine] * push[:, mine]

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
+from malmen_cli.base import ranks
+from malmen_cli.base.families import matrix_shape
 from malmen_cli.base.memory import halving
 from malmen_cli.base.prompts import Encoded, by_length
 from malmen_cli.editing.capture import fact_loss, weight_gradients
@@ -102,7 +104,7 @@ def meta_loss(
         loss_of: Callable[[Sequence[int]], Callable[[Tensor, Batch], Tensor]],
         weight: float,
     ) -> float:
-        loss = 0.0
+        loss, own = 0.0, ranks.share(len(sequences))
 
         def batch(indices: Sequence[int]) -> tuple[float, dict[str, Tensor]]:
             part = [sequences[i] for i in indices]
@@ -111,8 +113,8 @@ def meta_loss(
             with torch.no_grad():
                 return float(loss_of(indices)(*runner.logits(part))), {}
 
-        for batched in by_length([len(s.ids) for s in sequences], batch_size):
-            for value, found in halving(batched, batch):
+        for places in by_length([len(sequences[i].ids) for i in own], batch_size):
+            for value, found in halving([own[place] for place in places], batch):
                 loss += value
                 for name, gradient in found.items():
                     sums[name] = sums[name].add_(gradient, alpha=weight) if name in sums else gradient * weight
@@ -125,4 +127,19 @@ def meta_loss(
         lambda indices: partial(divergence, runner, [references[i] for i in indices]),
         locality_weight / max(len(references), 1),
     )
-    return MetaLoss(learned, moved, sums)
+    return _of_all_ranks(runner, MetaLoss(learned, moved, sums), names if gradients else ())
+
+
+def _of_all_ranks(runner: Runner, own: MetaLoss, names: Sequence[str]) -> MetaLoss:
+    """The sums of what each rank found on its share."""
+    if ranks.count() == 1:
+        return own
+    losses = torch.tensor([own.learned, own.moved], dtype=torch.float64)
+    ranks.add_up(losses)
+    gradients = {}
+    for name in names:
+        shape = matrix_shape(runner.model.get_submodule(name))
+        gradients[name] = own.gradients.get(name, torch.zeros(shape, device=runner.base.device))
+        ranks.add_up(gradients[name])
+    learned, moved = losses.tolist()
+    return MetaLoss(learned, moved, gradients)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from malmen_cli import __version__
 from malmen_cli.artifact.editors import load_editor, save_editor
+from malmen_cli.base import ranks
 from malmen_cli.base.families import block_index
 from malmen_cli.base.model import Base
 from malmen_cli.editing.editor import Editor
@@ -109,12 +110,15 @@ def train(
         trainer.calibration = _restore(trainer, out, digest, note)
         note(f"going on after step {trainer.step}")
     else:
-        _give_up(out)  # nobody may resume it by mistake
+        if ranks.first():
+            _give_up(out)  # nobody may resume it by mistake
         if resume:
             note("nothing to resume: starting from the beginning")
         trainer.prepare(note)
 
     def save() -> None:
+        if not ranks.first():
+            return
         tensors, plain = trainer.state()
         state = plain | {
             "order": digest,
@@ -139,8 +143,9 @@ def train(
     note(f"the best editor is that of step {trainer.best.step}")
     finished = trainer.finish(note)
     description = describe(base, order, trainer, finished)
-    save_editor(out, finished.state, description, force=force or resuming or replace)
-    _give_up(out)
+    if ranks.first():
+        save_editor(out, finished.state, description, force=force or resuming or replace)
+        _give_up(out)
     return Trained(out, description)
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from malmen_cli.base import ranks
 from malmen_cli.base.prompts import Encoded, by_length
 from malmen_cli.editing.replay import Runner
 from malmen_cli.scoring.metrics import harmonic_mean
@@ -71,14 +72,25 @@ def _hits(
     runner: Runner, sequences: Sequence[Encoded], batch_size: int, expected: Sequence[torch.Tensor] | None = None
 ) -> list[list[bool]]:
     """Per sequence, whether each answer token (or the `expected` one) is the argmax given those before it."""
-    found: list[list[bool]] = [[] for _ in sequences]
-    for indices in by_length([len(s.ids) for s in sequences], batch_size):
+    return ranks.spread(range(len(sequences)), lambda own: _own_hits(runner, sequences, own, batch_size, expected))
+
+
+def _own_hits(
+    runner: Runner,
+    sequences: Sequence[Encoded],
+    own: Sequence[int],
+    batch_size: int,
+    expected: Sequence[torch.Tensor] | None,
+) -> list[list[bool]]:
+    hits: dict[int, list[bool]] = {i: [] for i in own}
+    for places in by_length([len(sequences[i].ids) for i in own], batch_size):
+        indices = [own[place] for place in places]
         with torch.no_grad():
             logits, batch = runner.logits([sequences[i] for i in indices])
         labels = batch.labels if expected is None else torch.cat([expected[i] for i in indices])
         for row, hit in zip(batch.owners.tolist(), (logits.argmax(-1) == labels).tolist(), strict=True):
-            found[indices[row]].append(hit)
-    return found
+            hits[indices[row]].append(hit)
+    return list(hits.values())
 
 
 Share = float | None

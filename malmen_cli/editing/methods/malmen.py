@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from malmen_cli.base import ranks
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing.capture import Rows, edit_rows, row_count
 from malmen_cli.editing.editor import Editor, Group
@@ -71,7 +72,7 @@ class Malmen:
             for collector in collectors:
                 collector.add(_captured(collector.group, chunk))
             if progress is not None:
-                progress(sum(int(part.owners.unique().numel()) for part in chunk))
+                progress(ranks.count() * sum(int(part.owners.unique().numel()) for part in chunk))
             chunk.clear()  # its rows are in the sums; the next chunk fills while this name still holds the list
         modules: dict[str, ModuleShift] = {}
         order = torch.zeros(0, dtype=torch.long)
@@ -146,8 +147,8 @@ class Malmen:
 
 
 def gather(group: Group, parts: Iterable[Rows]) -> Captured:
-    """All rows of a few LM batches, in the order of the facts whatever the batches were."""
-    return _in_fact_order(_captured(group, list(parts)))
+    """All rows of a few LM batches of all ranks, in the order of the facts whatever the batches were."""
+    return _of_all_ranks(_captured(group, list(parts)))
 
 
 def _accumulate(parameter: torch.nn.Parameter, gradient: Tensor) -> None:
@@ -156,12 +157,14 @@ def _accumulate(parameter: torch.nn.Parameter, gradient: Tensor) -> None:
 
 
 def _captured(group: Group, parts: Sequence[Rows]) -> Captured:
-    return _joined(
-        [Captured(group.stack(p.keys), group.stack(p.gradients), p.owners, p.roles) for p in parts],
-    )
+    return _joined(group, [Captured(group.stack(p.keys), group.stack(p.gradients), p.owners, p.roles) for p in parts])
 
 
-def _joined(parts: Sequence[Captured]) -> Captured:
+def _joined(group: Group, parts: Sequence[Captured]) -> Captured:
+    if not parts:  # of a rank without a fact
+        mean = group.network.mean
+        none = mean.new_zeros(len(group.names), 0, group.dk + group.dv).split([group.dk, group.dv], -1)
+        return Captured(*none, *(torch.zeros(0, dtype=torch.long, device=mean.device) for _ in range(2)))
     return Captured(
         torch.cat([part.keys for part in parts], 1),
         torch.cat([part.gradients for part in parts], 1),
@@ -170,10 +173,12 @@ def _joined(parts: Sequence[Captured]) -> Captured:
     )
 
 
-def _in_fact_order(captured: Captured) -> Captured:
-    order = captured.owners.argsort(stable=True)
-    rows = captured.keys[:, order], captured.gradients[:, order]
-    return Captured(*rows, captured.owners[order], captured.roles[order])
+def _of_all_ranks(captured: Captured) -> Captured:
+    """The rows of all ranks in the order of the facts."""
+    keys, gradients = (ranks.collected(rows, 1) for rows in (captured.keys, captured.gradients))
+    owners, roles = ranks.collected(captured.owners), ranks.collected(captured.roles)
+    order = owners.argsort(stable=True)
+    return Captured(keys[:, order], gradients[:, order], owners[order], roles[order])
 
 
 def _chunks(parts: Iterable[Rows], size: int) -> Iterator[list[Rows]]:
@@ -199,7 +204,7 @@ class _LowRank:
         self.parts.append(captured)
 
     def finish(self, layouts: dict[str, str]) -> tuple[dict[str, ModuleShift], Tensor, float]:
-        captured = _in_fact_order(_joined(self.parts))
+        captured = _of_all_ranks(_joined(self.group, self.parts))
         residual = 0.0
         if self.method.editor.settings.aggregation == "sum":
             left, right = self.method.outer_factors(self.group, captured)
@@ -229,6 +234,7 @@ class _Streamed:
         self.equations.add(captured.keys, self.method.value_shifts(self.group, captured))
 
     def finish(self, layouts: dict[str, str]) -> tuple[dict[str, ModuleShift], Tensor, float]:
+        self.equations.add_up()
         solution = self.equations.solve()
         return _dense(self.group, layouts, solution.matrix()), torch.zeros(0, dtype=torch.long), solution.residual
 
@@ -246,6 +252,7 @@ class _Summed:
         self.sum += left.to(self.sum.dtype) @ right.to(self.sum.dtype)
 
     def finish(self, layouts: dict[str, str]) -> tuple[dict[str, ModuleShift], Tensor, float]:
+        ranks.add_up(self.sum)
         return _dense(self.group, layouts, self.sum), torch.zeros(0, dtype=torch.long), 0.0
 
 

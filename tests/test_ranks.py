@@ -1,0 +1,322 @@
+"""Several processes on one run: the same result as one to 1e-5, one voice, and a clear end when one of them dies.
+
+Ranks are forked, so that nothing is imported again; they meet on the loopback device.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_socket
+import torch
+from safetensors.torch import load_file
+
+from malmen_cli.artifact.editors import save_editor
+from malmen_cli.base import ranks
+from malmen_cli.base.families import block_index
+from malmen_cli.base.model import Base, load_base
+from malmen_cli.cli.errors import main
+from malmen_cli.edit import Ready, calibrated_identity, make_shift
+from malmen_cli.editing.editor import Editor
+from malmen_cli.editing.replay import Runner
+from malmen_cli.editing.settings import MalmenSettings
+from malmen_cli.exceptions import RankError
+from malmen_cli.facts.fact import Fact, Probe
+from malmen_cli.facts.files import write_facts
+from malmen_cli.scoring.protocols import collect
+from malmen_cli.training.facts import encode_examples
+from malmen_cli.training.loop import Trainer
+from malmen_cli.training.settings import TrainingSettings
+
+CLOSE = 1e-5  # relative, as the issue asks
+PLACES = ("Australia", "France", "the land of snow", "Peru", "Japan and Sweden", "Brazil", "Italy", "Bill Gates")
+ANSWERS = ("Rome", "Tim Cook", "one hundred degrees", "Paris", "no", "krona")
+SETTINGS = MalmenSettings(modules=("*.mlp.c_proj",), rank=4, rounds=2, preserved_rank=8)
+
+
+def make_facts(count: int) -> list[Fact]:
+    facts = []
+    for i in range(count):
+        place = f"{PLACES[i % 8]} number {i}"
+        probe = Probe(f"The currency of {PLACES[(i + 1) % 8]} {i} is the", "krona")
+        rephrases = (f"{place} has the capital",)
+        facts.append(Fact(f"f{i}", f"The capital of {place} is", ANSWERS[i % 6], place, None, rephrases, (probe,)))
+    return facts
+
+
+def free_port() -> int:
+    pytest_socket.enable_socket()
+    try:
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            return int(listening.getsockname()[1])
+    finally:
+        pytest_socket.disable_socket(allow_unix_socket=True)
+
+
+def environment(rank: int, count: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in told.items()} | {"GLOO_SOCKET_IFNAME": "lo"}
+
+
+def start(work: Callable[[int], Any], count: int) -> list[tuple[Any, Any]]:
+    """Fork `count` ranks that each do `work(rank)`; processes, and pipes that their results come through."""
+    port, context, started = free_port(), multiprocessing.get_context("fork"), []
+
+    def child(rank: int, pipe: Any) -> None:
+        os.environ.update(environment(rank, count, port))
+        try:
+            pipe.send(work(rank))
+        except BaseException:  # noqa: BLE001  # told to the test, which fails on it
+            pipe.send(traceback.format_exc())
+        pipe.close()
+        os._exit(0)
+
+    for rank in range(count):
+        receiving, sending = context.Pipe(duplex=False)
+        process = context.Process(target=child, args=(rank, sending))
+        process.start()
+        sending.close()
+        started.append((process, receiving))
+    return started
+
+
+def on_ranks(work: Callable[[], Any], count: int = 2) -> list[Any]:
+    """What `work()` returned on every rank of a process group."""
+
+    def joined(rank: int) -> Any:
+        with ranks.joined():
+            assert (ranks.count(), ranks.first()) == (count, rank == 0)
+            return work()
+
+    results = []
+    for process, pipe in start(joined, count):
+        results.append(pipe.recv())
+        process.join(60)
+    assert not [result for result in results if isinstance(result, str)], results
+    return results
+
+
+# ---------------------------------------------------------------- the mechanism
+
+
+def test_alone_everything_is_its_plain_counterpart() -> None:
+    tensor = torch.arange(6.0).reshape(2, 3)
+    assert ranks.count() == 1
+    assert ranks.first()
+    assert list(ranks.share(3)) == [0, 1, 2]
+    ranks.add_up(tensor)
+    ranks.same(tensor)
+    assert torch.equal(ranks.collected(tensor, 1), torch.arange(6.0).reshape(2, 3))
+    assert ranks.spread([3, 1], lambda own: [(i, i) for i in own]) == [(3, 3), (1, 1)]
+
+
+def test_sums_collections_and_shares() -> None:
+    def work() -> Any:
+        own = list(ranks.share(5))
+        total = torch.tensor([float(len(own)), 1.0], dtype=torch.float64)
+        ranks.add_up(total)
+        rows = ranks.collected(torch.tensor([own, own]), 1)
+        empty = ranks.collected(torch.ones(3 if ranks.first() else 0, 2))
+        named = ranks.spread(["a", "b", "c"], lambda mine: [[letter, None, 0.1] for letter in mine])
+        mine = torch.full((2,), float(len(own)))
+        ranks.same(mine)
+        return [total.tolist(), rows.tolist(), list(empty.shape), named, mine.tolist()]
+
+    one, other = on_ranks(work)
+    assert one == other
+    assert one[0] == [5.0, 2.0]
+    assert one[1] == [[0, 2, 4, 1, 3]] * 2
+    assert one[2:] == [[3, 2], [["a", None, 0.1], ["b", None, 0.1], ["c", None, 0.1]], [3.0, 3.0]]
+
+
+# ---------------------------------------------------------------- the same result
+
+
+def stirred(base: Base, settings: MalmenSettings) -> Editor:
+    """Calibrated on a few facts, its network no longer the identity."""
+    trainer = make_trainer(base, settings)
+    trainer.prepare()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for group in trainer.editor.groups:
+            for name in ("up", "bias", "shift"):
+                parameter = getattr(group.network, name)
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return trainer.editor
+
+
+def make_trainer(base: Base, settings: MalmenSettings) -> Trainer:
+    editor = Editor.fresh(base.model, settings)
+    runner = Runner(base, min(block_index(base.model, name) for name in editor.names))
+    examples = encode_examples(base.tokenizer, make_facts(14), end_of_text=True)
+    training = {"steps": 3, "facts_per_step": (7,), "meta_facts": 5, "validate_every": 2, "valid_facts": 3, "warmup": 0}
+    training |= {"calibration_facts": 7, "continuation": 2, "preserved_prompts": 15}
+    return Trainer(runner, editor, examples, examples[:3], TrainingSettings(**training), batch_size=3)
+
+
+def matrices(base: Base, editor: Editor, facts: Sequence[Fact]) -> torch.Tensor:
+    shift = make_shift(base, Ready(editor, "malmen"), facts, batch_size=3)
+    return torch.cat([module.matrix().flatten() for module in shift.modules.values()])
+
+
+def apart(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((mine.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+@pytest.mark.parametrize("count", [1, 9], ids=["one-fact", "nine-facts"])
+@pytest.mark.parametrize("changes", [{"mlp": 128}, {"mlp": 8}, {"mlp": 8, "aggregation": "sum"}], ids=str)
+def test_the_same_shift(tiny_model_factory: Callable, changes: dict[str, Any], count: int) -> None:
+    """Factors, sums, and MEND's sums; with one fact the second rank has none."""
+    base = load_base(str(tiny_model_factory("gpt2", layers=3, mlp=changes["mlp"])), device="cpu")
+    settings = MalmenSettings(**{**vars(SETTINGS), "aggregation": changes.get("aggregation", "ridge")})
+    editor = stirred(base, settings)
+    wanted = matrices(base, editor, make_facts(count))
+    one, other = on_ranks(lambda: matrices(base, editor, make_facts(count)).numpy())
+    assert (one == other).all()
+    assert apart(torch.from_numpy(one), wanted) <= CLOSE
+
+
+def test_the_same_calibration_training_and_validation(tiny_gpt2: Path) -> None:
+    base = load_base(str(tiny_gpt2), device="cpu")
+
+    def trained() -> Any:
+        trainer = make_trainer(base, SETTINGS)
+        trainer.prepare()
+        calibrated = {name: tensor.numpy() for name, tensor in trainer.editor.state().items()}
+        steps: list[list[float]] = []
+        trainer.run(lambda progress: steps.append([progress.learned, progress.moved]), lambda: None)
+        scores = [str(progress.validation) for progress in trainer.history]
+        # Adam divides by the gradient's size, so that parameters with none drift by rounding: gradients are compared.
+        gradients = torch.cat([p.grad.flatten() for p in trainer.editor.parameters() if p.grad is not None])
+        return calibrated, steps, scores, gradients.numpy()
+
+    wanted = trained()
+    one, other = on_ranks(trained)
+    assert all((one[0][name] == other[0][name]).all() for name in one[0])
+    assert one[1:3] == other[1:3]
+    for name, tensor in wanted[0].items():
+        if "preserved_basis" not in name:  # eigenvectors of one energy may turn; what they span shows in the steps
+            torch.testing.assert_close(torch.from_numpy(one[0][name]), torch.from_numpy(tensor), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(one[1]), torch.tensor(wanted[1]), rtol=1e-4, atol=1e-6)
+    assert one[2] == wanted[2]
+    assert apart(torch.from_numpy(one[3]), torch.from_numpy(wanted[3])) <= 1e-3
+
+
+def test_the_same_answers_and_calibrated_identity(tiny_gpt2: Path) -> None:
+    base = load_base(str(tiny_gpt2), device="cpu")
+
+    def asked() -> Any:
+        answers = collect(base, make_facts(5), batch_size=3)
+        said = [(a.gold, a.argmax, a.text) for a in answers.by_question.values()]
+        ready = calibrated_identity(base, make_facts(5), SETTINGS, seed=0, batch_size=3)
+        assert ready.calibration is not None
+        return said, ready.calibration.step
+
+    wanted = asked()
+    for said, step in on_ranks(asked):
+        assert [(*map(tuple, one[:2]), one[2]) for one in said] == wanted[0]
+        assert step == wanted[1]
+
+
+# ---------------------------------------------------------------- the program
+
+
+def malmen(rank: int, arguments: list[str], folder: Path) -> int:
+    """The program as a rank runs it, its streams in files."""
+    sys.stdout, sys.stderr = ((folder / f"{name}.{rank}").open("w") for name in ("stdout", "stderr"))
+    return main(arguments)
+
+
+@pytest.fixture
+def files(tmp_path: Path, tiny_gpt2: Path) -> Path:
+    base = load_base(str(tiny_gpt2), device="cpu")
+    write_facts(make_facts(6), tmp_path / "facts.jsonl")
+    said = {"base": {"fingerprint": base.fingerprint}, "method": "malmen", "settings": vars(SETTINGS)}
+    save_editor(tmp_path / "editor", stirred(base, SETTINGS).state(), said, force=False)
+    return tmp_path
+
+
+def run_all(arguments: list[str], folder: Path) -> list[int]:
+    codes = []
+    for process, pipe in start(lambda rank: malmen(rank, arguments, folder), 2):
+        codes.append(pipe.recv())
+        process.join(60)
+    return codes
+
+
+def test_apply_writes_what_one_process_writes_and_one_rank_speaks(
+    tiny_gpt2: Path, files: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def arguments(out: str) -> list[str]:
+        given = ["apply", str(tiny_gpt2), str(files / "facts.jsonl"), "--editor", str(files / "editor")]
+        return [*given, "--format", "delta", "-o", str(files / out), "--json", "--score", "2", "--device", "cpu"]
+
+    assert main(arguments("alone")) == 0
+    capfd.readouterr()
+    assert run_all(arguments("shared"), files) == [0, 0]
+    alone, shared = (load_file(files / name / "delta.safetensors") for name in ("alone", "shared"))
+    assert alone.keys() == shared.keys()
+    for name, tensor in alone.items():
+        assert apart(shared[name], tensor) <= CLOSE
+    assert json.loads((files / "stdout.0").read_text())["output"] == str(files / "shared")
+    assert (files / "stdout.1").read_text() == (files / "stderr.1").read_text() == ""
+    assert sorted(path.name for path in files.iterdir() if path.name.startswith(".malmen")) == []
+
+
+def test_other_commands_are_the_first_rank_s_alone(files: Path) -> None:
+    assert run_all(["facts", "check", str(files / "facts.jsonl"), "--json"], files) == [0, 0]
+    assert json.loads((files / "stdout.0").read_text())["count"] == 6
+    assert (files / "stdout.1").read_text() == (files / "stderr.1").read_text() == ""
+
+
+def test_a_rank_that_dies_ends_the_run_and_the_old_output_stays(tiny_gpt2: Path, files: Path) -> None:
+    out = files / "out"
+    given = ["apply", str(tiny_gpt2), str(files / "facts.jsonl"), "--editor", str(files / "editor")]
+    arguments = [*given, "--format", "delta", "-o", str(out), "--score", "0", "--device", "cpu"]
+    assert main(arguments) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def work(rank: int) -> int:
+        if rank == 1:
+            share = ranks.share
+
+            def die(size: int) -> range:
+                if size == 6:  # its share of the facts is asked for: the first rank will wait for its rows
+                    os._exit(9)
+                return share(size)
+
+            ranks.share = die
+        return malmen(rank, [*arguments, "--force"], files)
+
+    (first, pipe), (second, _) = start(work, 2)
+    code = pipe.recv()
+    first.join(60)
+    second.join(60)
+    assert second.exitcode == 9
+    assert code == 70
+    said = (files / "stderr.0").read_text()
+    assert "another process of this run died" in said
+    assert "internal error" not in said
+    assert "Traceback" not in said
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in files.iterdir() if path.name.startswith(".malmen")] == []
+
+
+def test_a_group_that_cannot_be_joined_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise torch.distributed.DistNetworkError("The server socket has failed to listen\nmore")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    with pytest.raises(RankError, match=r"reached [(]The server socket has failed to listen[)]"), ranks.joined():
+        raise AssertionError
