@@ -66,6 +66,13 @@ def pick_device(device: str) -> torch.device:
     return picked
 
 
+def exact_sums() -> None:
+    """fp32 products in fp32, not TF32, and those of half precision summed in fp32: the CPU and CUDA then agree."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def load_base(
     name: str,
     *,
@@ -83,6 +90,7 @@ def load_base(
     if dtype not in DTYPES:
         raise CheckpointError(f"--dtype {dtype}: not one of {', '.join(DTYPES)}")
     place = pick_device(device)
+    exact_sums()
     found = locate(name, revision=revision)
     identity = fingerprint(found.folder)
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}

@@ -20,7 +20,7 @@ from malmen_cli.base import ranks
 from malmen_cli.base.families import matrix_shape
 from malmen_cli.base.memory import halving
 from malmen_cli.base.prompts import Encoded, by_length
-from malmen_cli.editing.capture import fact_loss, weight_gradients
+from malmen_cli.editing.capture import answer_counts, fact_loss, weight_gradients
 from malmen_cli.editing.replay import Batch, Runner
 from malmen_cli.scoring.decoder import DecoderOnly
 
@@ -70,8 +70,7 @@ def divergence(runner: Runner, references: Sequence[Reference], logits: Tensor, 
     with torch.no_grad():
         wanted = log_softmax(runner.logits_of(torch.cat([r.heads for r in references])).float(), -1)
     terms = kl_div(log_softmax(logits.float(), -1), wanted, reduction="none", log_target=True).sum(-1)
-    counts = torch.bincount(batch.owners, minlength=len(batch.ids)).to(terms)
-    return (terms / counts[batch.owners]).sum()
+    return (terms / answer_counts(batch, terms)[batch.owners]).sum()
 
 
 @dataclass(frozen=True)

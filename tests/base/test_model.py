@@ -73,6 +73,14 @@ def test_auto_picks_a_device_that_is_there() -> None:
     assert pick_device("cpu") == torch.device("cpu")
 
 
+def test_sums_are_exact_whatever_was_set_before(tiny_gpt2: Path) -> None:
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    load_base(str(tiny_gpt2), device="cpu")
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+
+
 @pytest.mark.parametrize("device", ["warp", "cuda:99", "cpu cpu", "", "meta"])
 def test_a_device_that_is_not_there_is_refused(tiny_gpt2: Path, device: str) -> None:
     with pytest.raises(CheckpointError, match=f"--device {device}: not available here"):
