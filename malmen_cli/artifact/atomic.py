@@ -9,7 +9,6 @@ absent, old and whole, or new and whole; what is left over is cleaned, or put ba
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,9 +18,8 @@ from types import TracebackType
 
 from malmen_cli.artifact import disk
 from malmen_cli.artifact.placing import LOCK, beside, clean, clean_files, place, refuse_existing, refuse_existing_file
+from malmen_cli.artifact.staged import StagedFile
 from malmen_cli.exceptions import OutputError
-
-CHUNK = 1 << 20
 
 
 class Staging:
@@ -38,6 +36,7 @@ class Staging:
         if not self.out.name:
             raise OutputError(f"{out}: the root folder cannot be an output; name a folder in it")
         self.sha256: dict[str, str] = {}
+        self._checked: set[str] = set()  # files that were read back when they were done
         self._force = force
         self._need = need
         self._previous = previous
@@ -84,7 +83,10 @@ class Staging:
                 disk.sync(descriptor)
         finally:
             os.close(descriptor)
-        self.sha256[name] = staged.digest()
+        with self._errors():
+            self.sha256[name] = staged.read_back(path) if staged.copies else staged.digest()
+        if staged.copies:
+            self._checked.add(name)
 
     def write(self, name: str, data: bytes) -> None:
         """The file `name` holding `data`."""
@@ -93,13 +95,19 @@ class Staging:
 
     def copy(self, name: str, source: Path) -> None:
         """The file `name` with the bytes of `source`."""
-        with source.open("rb") as stream, self.file(name) as staged:
-            while chunk := stream.read(CHUNK):
-                staged.write(chunk)
+        with self.file(name) as staged:
+            staged.copy(source, 0, source.stat().st_size)
 
     def write_some(self, descriptor: int, data: bytes | memoryview) -> None:
         with self._errors():
             disk.write(descriptor, data)
+
+    def copy_some(self, descriptor: int, source: int, start: int, end: int) -> int:
+        with self._errors():
+            return disk.copy(descriptor, source, start, end)
+
+    def refuse_damaged(self, name: str) -> None:
+        raise OutputError(f"{self.out}: {name} reads back other than it was written; is the disk failing?")
 
     def _path(self, name: str) -> Path:
         parts = PurePosixPath(name).parts
@@ -110,8 +118,8 @@ class Staging:
     def _commit(self) -> None:
         """Read everything back, then swap the folder in while holding the parent's lock."""
         for name, digest in self.sha256.items():
-            if disk.file_sha256(self._path(name)) != digest:
-                raise OutputError(f"{self.out}: {name} reads back other than it was written; is the disk failing?")
+            if name not in self._checked and disk.file_sha256(self._path(name)) != digest:
+                self.refuse_damaged(name)
         for folder in {self._path(name).parent for name in self.sha256} | {self._folder}:
             disk.sync_folder(folder)
         with disk.exclusive(self.out.parent):
@@ -132,22 +140,6 @@ class Staging:
 
     def _errors(self) -> AbstractContextManager[None]:
         return disk.output_errors(self.out, self._need)
-
-
-class StagedFile:
-    """A file being written in a Staging."""
-
-    def __init__(self, staging: Staging, descriptor: int) -> None:
-        self._staging = staging
-        self._descriptor = descriptor
-        self._hash = hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._hash.update(data)
-        self._staging.write_some(self._descriptor, data)
-
-    def digest(self) -> str:
-        return self._hash.hexdigest()
 
 
 def write_file(path: Path, data: bytes, *, force: bool = True) -> None:

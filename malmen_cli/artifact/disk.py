@@ -17,6 +17,7 @@ from pathlib import Path
 
 from malmen_cli.exceptions import OutputError
 
+COPIED = 1 << 26  # bytes that the kernel is asked to copy at once, between which an interrupt is heard
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
@@ -32,6 +33,20 @@ def write(descriptor: int, data: bytes | memoryview) -> None:
     view = memoryview(data).cast("B")
     while view:
         view = view[os.write(descriptor, view) :]
+
+
+def copy(descriptor: int, source: int, start: int, end: int) -> int:
+    """Bytes of one file to the end of another without passing through us; as many as there are up to `end`.
+
+    sendfile, since copy_file_range may share blocks between the two files, which nobody asked for.
+    """
+    done = start
+    while done < end:
+        count = os.sendfile(descriptor, source, done, min(COPIED, end - done))
+        if not count:
+            break
+        done += count
+    return done - start
 
 
 def sync(descriptor: int) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from malmen_cli.artifact.atomic import CHUNK, StagedFile, Staging
+from malmen_cli.artifact.atomic import Staging
 from malmen_cli.artifact.delta import CARD, norm_of, shape_of, with_shift
 from malmen_cli.artifact.manifest import MANIFEST, sealed
 from malmen_cli.artifact.output import check_output, plan_bytes
 from malmen_cli.artifact.placing import MARKS
+from malmen_cli.artifact.staged import StagedFile
 from malmen_cli.artifact.tensors import raw_bytes
 from malmen_cli.base.weights import INDEX_FILE, TensorEntry, read_index, read_tensor, rooms
 from malmen_cli.editing.shift import IN_OUT, ModuleShift, Shift
@@ -181,21 +182,10 @@ def _check_tensor(folder: Path, name: str, entry: TensorEntry, module: ModuleShi
 
 def _copy_range(file: StagedFile, source: Path, start: int, end: int | None) -> None:
     """Copy the bytes from `start` to `end` (the end of the file when None)."""
-    for chunk in _chunks(source, start, end):
-        file.write(chunk)
-
-
-def _chunks(source: Path, start: int, end: int | None) -> Iterator[bytes]:
     try:
-        with source.open("rb") as stream:
-            stream.seek(start)
-            while end is None or start < end:
-                chunk = stream.read(CHUNK if end is None else min(CHUNK, end - start))
-                if not chunk:
-                    break
-                start += len(chunk)
-                yield chunk
+        end = source.stat().st_size if end is None else end
+        copied = file.copy(source, start, end)
     except OSError as error:
         raise CheckpointError(f"{source}: cannot be read: {error.strerror or error}") from error
-    if end is not None and start < end:
+    if start + copied < end:
         raise CheckpointError(f"{source}: became shorter while it was read; start again")

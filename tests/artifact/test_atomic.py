@@ -94,6 +94,49 @@ def test_a_name_outside_the_folder_is_refused(out: Path, name: str) -> None:
     assert content(out) is None
 
 
+def mixed(out: Path, source: Path) -> bytes:
+    """A file of parts of another one between bytes of its own; what it holds."""
+    with Staging(out) as staging, staging.file("mixed") as file:
+        file.write(b"head")
+        assert file.copy(source, 3, 2_000_003) == 2_000_000
+        file.write(b"middle")
+        assert file.copy(source, 2_000_003, 2_000_003) == 0
+        file.write(b"more")
+        assert file.copy(source, 2_400_000, 9_000_000) == 100_000
+    assert staging.sha256["mixed"] == disk.file_sha256(out / "mixed")
+    content = source.read_bytes()
+    return b"head" + content[3:2_000_003] + b"middlemore" + content[2_400_000:]
+
+
+def test_parts_of_other_files_stand_between_own_bytes(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(os.urandom(2_500_000))
+    wanted = mixed(out, tmp_path / "source")
+    assert (out / "mixed").read_bytes() == wanted
+
+
+@pytest.mark.parametrize("damaged", ["write", "copy", "source"])
+def test_a_mixed_file_that_reads_back_otherwise_is_refused(
+    out: Path, tmp_path: Path, damaged: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(2_500_000))
+    original = getattr(disk, damaged, None)
+
+    def damage(descriptor: int, *given: object) -> object:
+        found = original(descriptor, *given)  # type: ignore[misc]
+        os.pwrite(descriptor, b"?", os.lseek(descriptor, 0, os.SEEK_CUR) - 1)
+        return found
+
+    def change(descriptor: int) -> None:
+        source.write_bytes(bytes(2_500_000))
+
+    monkeypatch.setattr(disk, *(("sync", change) if damaged == "source" else (damaged, damage)))
+    with pytest.raises(OutputError, match="mixed reads back other than it was written"):
+        mixed(out, source)
+    assert content(out) is None
+    assert leftovers(out) == []
+
+
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "no space"), KeyboardInterrupt()])
 @pytest.mark.parametrize("force", [False, True], ids=["fresh", "replacing"])
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "renames"])

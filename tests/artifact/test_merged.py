@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -378,7 +379,7 @@ def test_a_failure_at_every_write(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """T24: at the k-th write, for every k, the output stays absent or old; then the next run succeeds."""
-    shift, out, original = make_shift(sharded, 2), tmp_path / "m", disk.write
+    shift, out, originals = make_shift(sharded, 2), tmp_path / "m", {n: getattr(disk, n) for n in ("write", "copy")}
     monkeypatch.setattr(disk, "sync", lambda descriptor: None)  # fsync is slow and fails in test_atomic.py
     if force:
         write_merged(out, sharded, make_shift(sharded, 1), {}, card="old", force=False)
@@ -387,13 +388,14 @@ def test_a_failure_at_every_write(
     while True:
         calls = [0]
 
-        def fail_at_kth(descriptor: int, data: Any, calls: list[int] = calls, k: int = writes) -> None:
+        def fail_at_kth(name: str, *given: Any, calls: list[int] = calls, k: int = writes) -> Any:
             calls[0] += 1
             if calls[0] == k + 1:
                 raise failure
-            original(descriptor, data)
+            return originals[name](*given)
 
-        monkeypatch.setattr(disk, "write", fail_at_kth)
+        for name in originals:
+            monkeypatch.setattr(disk, name, partial(fail_at_kth, name))
         try:
             write_merged(out, sharded, shift, {}, card="new", force=force)
         except (OutputError, KeyboardInterrupt):
