@@ -58,8 +58,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     forget_peak()
     ready = find_ready(base, Spec("malmen"), options.editor)
     if ready is None:
+        settings = MalmenSettings(rounds=options.rounds)
         # Of as many facts whatever the size, so that calibration's own memory is the same.
-        ready = calibrated_identity(base, facts[:100], MalmenSettings(), seed=0, batch_size=options.batch_size)
+        ready = calibrated_identity(base, facts[:100], settings, seed=0, batch_size=options.batch_size)
     started, spent = time.perf_counter(), time.process_time()
     make_shift(base, ready, facts, batch_size=options.batch_size, memory=options.max_memory)
     seconds, processor = time.perf_counter() - started, time.process_time() - spent
@@ -124,6 +125,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             command = [sys.executable, __file__, options.base, "--child", str(file)]
             command += ["--batch-size", str(options.batch_size), "--device", options.device]
             command += ["--editor", str(options.editor)] if options.editor else []
+            command += ["--rounds", str(options.rounds)] if options.rounds else []
             command += ["--max-memory", str(options.max_memory)] if options.max_memory is not None else []
             child = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
             rows.append(json.loads(child.stdout.splitlines()[-1]) | said)
@@ -140,6 +142,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--sizes", type=lambda text: [int(size) for size in text.split(",")], default=[100, 1000, 10000]
     )
     parser.add_argument("--editor", type=Path, metavar="DIR")
+    parser.add_argument("--rounds", type=int, metavar="N", help="passes over the facts, where there is no editor")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-memory", type=int, metavar="BYTES")
     parser.add_argument("--device", default="auto")
