@@ -14,17 +14,14 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -33,6 +30,7 @@ import torch
 import transformers
 from madeup import made_up
 from textbook import Textbook
+from timing import HEAD, Row, Timed, interleaved, processor_seconds
 
 from malmen_cli import __version__
 from malmen_cli.artifact.merged import write_merged
@@ -55,72 +53,6 @@ from malmen_cli.training.settings import TrainingSettings
 CHECKED_FACTS = 100_000
 WARM_STEPS = 3  # of training, before prefix states and references are kept
 PAPER_BLOCKS = 6
-
-
-@dataclass
-class Timed:
-    """Seconds of the runs of one thing: of the clock, and of all processors together."""
-
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-
-    def run(self, work: Callable[[], object]) -> None:
-        clock, spent = time.perf_counter(), _processor_seconds()
-        work()
-        self.add(time.perf_counter() - clock, _processor_seconds() - spent)
-
-    def add(self, wall: float, cpu: float) -> None:
-        self.wall.append(wall)
-        self.cpu.append(cpu)
-
-    def median(self, kind: str) -> float:
-        return statistics.median(getattr(self, kind))
-
-
-@dataclass
-class Row:
-    """One line of the table: ours, the yardstick (None where seconds are the figure), and the goal."""
-
-    name: str
-    goal: float
-    ours: Timed
-    yardstick: Timed | None = None
-    faster: bool = False  # whether the goal is how many times less time than the yardstick, not how many times more
-    note: str = ""
-
-    def figure(self, kind: str) -> float:
-        if self.yardstick is None:
-            return self.ours.median(kind)
-        ratio = self.ours.median(kind) / self.yardstick.median(kind)
-        return 1 / ratio if self.faster else ratio
-
-    def line(self) -> str:
-        unit, sign = ("s", "<=") if self.yardstick is None else ("x", ">=" if self.faster else "<=")
-        both = [f"{side.median('wall'):.3f} ({side.median('cpu'):.3f})" for side in (self.ours, self.yardstick) if side]
-        cells = [self.name, f"{self.figure('wall'):.2f}{unit}", f"{self.figure('cpu'):.2f}{unit}"]
-        return "| " + " | ".join([*cells, f"{sign} {self.goal:g}{unit}", *[*both, "-"][:2], self.note]) + " |"
-
-    def record(self) -> dict[str, object]:
-        return asdict(self) | {"wall": self.figure("wall"), "cpu": self.figure("cpu")}
-
-
-HEAD = "| what | wall | processor | goal | ours, seconds (processor) | yardstick | |\n" + "|---" * 7 + "|"
-
-
-def _processor_seconds() -> float:
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def interleaved(ours: Callable[[], object], yardstick: Callable[[], object], repeats: int) -> tuple[Timed, Timed]:
-    """Both in turn, each once before it counts."""
-    mine, theirs = Timed(), Timed()
-    ours()
-    yardstick()
-    for _ in range(repeats):
-        mine.run(ours)
-        theirs.run(yardstick)
-    return mine, theirs
 
 
 @dataclass
@@ -159,11 +91,11 @@ class Speed:
         mine, theirs, apart = Timed(), Timed(), []
         rate = [{"params": book.parameters(), "lr": 0.0}]
         optimizer = torch.optim.Adam(rate)  # the editor stays where it is on both sides, so that losses compare
-        spent = _processor_seconds()
+        spent = processor_seconds()
 
         def after(progress: Progress) -> None:
             nonlocal spent
-            used = _processor_seconds() - spent
+            used = processor_seconds() - spent
             drawn = draw(trainer.cohorts, trainer.settings, trainer.seed, progress.step - 1)
             probes = [reference.sequence for reference in trainer.references.of(drawn.probes)]
             losses: list[float] = []
@@ -177,7 +109,7 @@ class Speed:
                 apart.append(max(abs(a - b) / max(abs(b), 1e-6) for a, b in pairs))
             if progress.step == WARM_STEPS + self.repeats:
                 raise _Enough
-            spent = _processor_seconds()
+            spent = processor_seconds()
 
         with suppress(_Enough):
             trainer.run(after, lambda: None)
