@@ -19,6 +19,7 @@ from malmen_cli.artifact.editors import install_editor, save_editor
 from malmen_cli.artifact.manifest import canonical
 from malmen_cli.base.model import Base, load_base
 from malmen_cli.base.prompts import encode
+from malmen_cli.base.spill import Spill
 from malmen_cli.edit import (
     Ready,
     Tuning,
@@ -366,6 +367,21 @@ def test_several_passes_are_single_ones_on_the_model_edited_so_far(base: Base, c
     assert [m.rank for m in found.modules.values()] == [m.rank for m in wanted.modules.values()]
     first = make_shift(base, with_rounds(ready, 1), facts, batch_size=4)
     assert difference(found, first) > 0.1
+
+
+@pytest.mark.parametrize("count", [4, 90])
+def test_what_is_kept_on_disk_gives_the_same_bits(base: Base, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = some_facts(count)
+    settings = replace(SETTINGS, last_blocks=1, rounds=3)
+    ready = calibrated_identity(base, facts, settings, seed=0, batch_size=4)
+    spilled: list[int] = []
+    keep = Spill.add
+    monkeypatch.setattr(Spill, "add", lambda self, states: (keep(self, states), spilled.append(len(self))))
+    wanted = make_shift(base, ready, facts, batch_size=4)
+    assert max(spilled) == 0
+    found = make_shift(base, ready, facts, batch_size=4, memory=0)
+    assert max(spilled) == count - 1  # all but the one that stands in memory
+    assert all(torch.equal(m.matrix(), wanted.modules[name].matrix()) for name, m in found.modules.items())
 
 
 def test_blocks_in_front_of_the_edited_ones_run_once_for_all_passes(base: Base) -> None:

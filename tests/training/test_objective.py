@@ -14,6 +14,7 @@ from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import encode_prompt
 from malmen_cli.editing.replay import Runner, make_batch
 from malmen_cli.editing.shift import IN_OUT, ModuleShift, Shift, applied
+from malmen_cli.exceptions import MemoryLimitError
 from malmen_cli.facts.fact import Fact
 from malmen_cli.training.facts import encode_examples
 from malmen_cli.training.objective import References, meta_loss
@@ -149,3 +150,38 @@ def test_gradients_are_those_of_the_weighted_loss(
             weight.requires_grad_(False)
     assert found.total(0.7) == pytest.approx(float(loss.detach()), rel=1e-4)
     assert float((found.gradients[MODULE] - expected).norm() / expected.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_batches_are_halved_where_memory_runs_out(
+    tiny_base: Base,
+    make_facts: MakeFacts,
+    prompts: list[tuple[int, ...]],
+    gradients: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """T26 for the meta-loss: room for three sequences gives what room for all gives; none is said."""
+    runner, room = Runner(tiny_base), 99
+    references = References(runner, 2, 4).of(prompts)
+    wordings = [e.rephrases[0] for e in encode_examples(tiny_base.tokenizer, make_facts(9), end_of_text=True)]
+    options: dict[str, Any] = {"locality_weight": 2.0, "batch_size": 8, "gradients": gradients}
+    logits = runner.logits
+
+    def short(sequences: Any, **given: Any) -> Any:
+        if len(sequences) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logits(sequences, **given)
+
+    monkeypatch.setattr(runner, "logits", short)
+    with applied(tiny_base.model, some_shift()):
+        wanted = meta_loss(runner, wordings, references, [MODULE], **options)
+        room = 3
+        found = meta_loss(runner, wordings, references, [MODULE], **options)
+        room = 0
+        with pytest.raises(MemoryLimitError):
+            meta_loss(runner, wordings, references, [MODULE], **options)
+    assert found.learned == pytest.approx(wanted.learned, rel=1e-5)
+    assert found.moved == pytest.approx(wanted.moved, rel=1e-5)
+    assert set(found.gradients) == ({MODULE} if gradients else set())
+    for name, gradient in found.gradients.items():
+        torch.testing.assert_close(gradient, wanted.gradients[name], rtol=1e-4, atol=1e-6)
