@@ -21,7 +21,7 @@ from malmen_cli.artifact.atomic import Staging, write_file
 from malmen_cli.exceptions import OutputError
 
 FILES = {"malmen.json": b"{}", "a.bin": b"a" * 30_000, "sub/b.bin": b""}
-LOW_LEVEL = ("create", "write", "sync", "rename", "exchange")
+LOW_LEVEL = ("create", "write", "copy", "sync", "rename", "exchange")
 
 
 def write(out: Path, files: dict[str, bytes] = FILES, **options: Any) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from malmen_cli.artifact import disk
 
-OPERATIONS = ("create", "write", "sync", "rename", "exchange")
+OPERATIONS = ("create", "write", "copy", "sync", "rename", "exchange")
 FAULTS: dict[str, tuple[BaseException, int]] = {  # what happens, and the exit code a user sees
     "full": (OSError(errno.ENOSPC, "No space left on device"), 6),
     "failing": (OSError(errno.EIO, "Input/output error"), 6),
