@@ -170,7 +170,7 @@ class Bench:
         )
         editor = Editor.fresh(self.base.model, settings)
         runner = Runner(self.base, min(block_index(self.base.model, name) for name in editor.names))
-        examples = encode_examples(self.base.tokenizer, self.facts, end_of_text=True)
+        examples = encode_examples(self.base.task, self.facts, end_of_text=True)
         return Trainer(runner, editor, examples, examples[:1], training, batch_size=self.batch_size)
 
 

@@ -42,13 +42,13 @@ from malmen_cli import __version__
 from malmen_cli.artifact.merged import measure
 from malmen_cli.base.model import Base, load_base
 from malmen_cli.base.prompts import Encoded
-from malmen_cli.base.sampling import sampled_texts
+from malmen_cli.base.sampling import sampled_answers
 from malmen_cli.cli.console import Console, Progress
 from malmen_cli.editing.shift import applied
 from malmen_cli.exceptions import MalmenError, MemoryLimitError, NumericsError
 from malmen_cli.facts.fact import Fact
 from malmen_cli.facts.files import FactFile, facts_sha256, read_facts
-from malmen_cli.scoring.decoder import DecoderOnly
+from malmen_cli.scoring.decoder import Asker
 from malmen_cli.scoring.judge import judge
 from malmen_cli.scoring.metrics import bootstrap, harmonic_mean, mean_over_facts
 from malmen_cli.scoring.plot import plot_format
@@ -119,8 +119,7 @@ class Bench:
     @cached_property
     def texts(self) -> list[Encoded]:
         """Text of the base's own; what it wrote is the answer, the random words it started from are the prompt."""
-        texts = sampled_texts(self.base, TEXTS, TOKENS, seed=self.seed)
-        return [Encoded(text.ids, len(text.ids) - TOKENS) for text in texts]
+        return sampled_answers(self.base, TEXTS, TOKENS, seed=self.seed)
 
     @cached_property
     def own_loss(self) -> float:
@@ -129,8 +128,8 @@ class Bench:
 
     def loss(self) -> float:
         """Mean negative log-likelihood of the texts under the model as it stands, in nats a token."""
-        decoder = DecoderOnly(self.base, min(self.batch_size, TEXTS_AT_ONCE), lambda count: None)
-        logprobs = [logprob for forced in decoder.teacher_forced(self.texts) for logprob in forced.logprobs]
+        asker = Asker(self.base, min(self.batch_size, TEXTS_AT_ONCE), lambda count: None)
+        logprobs = [logprob for forced in asker.teacher_forced(self.texts) for logprob in forced.logprobs]
         return -math.fsum(logprobs) / len(logprobs)
 
     def before(self, facts: Sequence[Fact]) -> Answers:

@@ -187,7 +187,7 @@ class Speed:
         )
         editor = Editor.fresh(self.base.model, settings)
         runner = Runner(self.base, min(block_index(self.base.model, name) for name in editor.names))
-        examples = encode_examples(self.base.tokenizer, self.facts[:count], end_of_text=True)
+        examples = encode_examples(self.base.task, self.facts[:count], end_of_text=True)
         trainer = Trainer(runner, editor, examples, examples[:1], training, batch_size=self.batch_size)
         trainer.prepare()
         return trainer

@@ -17,7 +17,7 @@ from malmen_cli import __version__
 from malmen_cli.artifact.editors import find_editor, load_editor
 from malmen_cli.base.families import block_index
 from malmen_cli.base.model import Base
-from malmen_cli.base.prompts import Encoded, encode, encode_each
+from malmen_cli.base.prompts import Encoded, encode_each
 from malmen_cli.base.sampling import sampled_texts
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.methods.finetune import Finetune, tuned_module
@@ -70,9 +70,7 @@ class Tuning:
 def encode_edits(base: Base, facts: Sequence[Fact], *, end_of_text: bool) -> list[Encoded]:
     """Every fact's edit as tokens. Raises FactsError naming each fact that has none or too many."""
     options: dict[str, Any] = {"end_of_text": end_of_text, "room": base.room}
-    return encode_each(
-        facts, lambda fact: encode(base.tokenizer, fact.prompt, fact.target, subject=fact.subject, **options)
-    )
+    return encode_each(facts, lambda fact: base.task.encode(fact.prompt, fact.target, subject=fact.subject, **options))
 
 
 def ready_for(
@@ -181,12 +179,10 @@ def calibrated_identity(
     editor = Editor.fresh(base.model, settings)
     runner = Runner(base, min(block_index(base.model, name) for name in editor.names))
     sample = _spread(facts, CALIBRATION_FACTS)
-    examples = encode_examples(base.tokenizer, sample, end_of_text=settings.end_of_text, room=base.room)
+    examples = encode_examples(base.task, sample, end_of_text=settings.end_of_text, room=base.room)
     own = sampled_texts(base, seed=seed)
     judged = examples[:JUDGED_FACTS]
-    probes = [probe for example in judged for probe in example.probes[:1]] or [
-        text.ids[: text.n_prompt] for text in own
-    ]
+    probes = [probe for example in judged for probe in example.probes[:1]] or [text.answered(()) for text in own]
     preserve(editor, runner, [*own, *_locality(base, facts)], batch_size)
     calibration = calibrate(
         editor,
@@ -250,7 +246,7 @@ def manifest(
     an `Insertion` statistics."""
     calibration, editor = (ready.calibration, ready.record()) if isinstance(ready, Ready) else (None, None)
     return {
-        "base": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint},
+        "base": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint} | base.task.record(),
         "method": {"name": ready.method} | asdict(ready.settings),
         "calibration": asdict(calibration) if calibration is not None else None,
         "editor": editor,
@@ -273,8 +269,8 @@ def _spread(facts: Sequence[Fact], size: int) -> list[Fact]:
 
 
 def _locality(base: Base, facts: Sequence[Fact]) -> list[Encoded]:
-    examples = encode_examples(base.tokenizer, _spread(facts, 1000), end_of_text=False)
-    return [Encoded(probe, len(probe)) for example in examples for probe in example.probes]
+    examples = encode_examples(base.task, _spread(facts, 1000), end_of_text=False)
+    return [probe for example in examples for probe in example.probes]
 
 
 def _wordings(examples: Sequence[Example]) -> list[Encoded]:

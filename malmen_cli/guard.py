@@ -14,7 +14,7 @@ import torch
 from malmen_cli.artifact.delta import norm_of
 from malmen_cli.base.memory import halving
 from malmen_cli.base.model import Base
-from malmen_cli.base.prompts import by_length, encode
+from malmen_cli.base.prompts import by_length
 from malmen_cli.editing.capture import fact_losses
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.shift import Shift, applied
@@ -57,11 +57,11 @@ def largest(base: Base, shift: Shift) -> tuple[str, float]:
 
 def residuals(base: Base, shift: Shift, facts: Sequence[Fact], batch_size: int) -> list[float]:
     """What the edited model has still to learn of each fact: nats a target token."""
-    edits = [encode(base.tokenizer, fact.prompt, fact.target, end_of_text=False, room=base.room) for fact in facts]
+    edits = [base.task.encode(fact.prompt, fact.target, room=base.room) for fact in facts]
     found = [0.0] * len(edits)
     runner = Runner(base)
     with torch.no_grad(), applied(base.model, shift):
-        for indices in by_length([len(edit.ids) for edit in edits], batch_size):
+        for indices in by_length([edit.length for edit in edits], batch_size):
 
             def run(part: Sequence[int]) -> tuple[Sequence[int], list[float]]:
                 return part, fact_losses(*runner.logits([edits[i] for i in part])).tolist()

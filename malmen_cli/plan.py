@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from malmen_cli.artifact.output import check_disk, check_output, plan_bytes
-from malmen_cli.base.families import chosen_modules, matrix_shape
+from malmen_cli.base.families import chosen_modules, matrix_shape, stack_of
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.edit import encode_edits, trained_or_none
@@ -106,11 +106,11 @@ def plan(
         return _tuning_plan(base, edits, settings, batch_size)
     names = chosen_modules(base.model, settings.modules, settings.last_blocks)
     shapes = {name: matrix_shape(base.model.get_submodule(name)) for name in names}
-    rows = row_count(edits, settings.tokens)
+    rows = max(row_count(edits, settings.tokens, stack_of(base.model, name).reads) for name in names)
     sums = sum(
         8 * (min(rows, dk) * (dk + dv) if rows <= dk else dk * (dk + dv)) + 4 * dk * dv for dk, dv in shapes.values()
     )
-    tokens = sum(len(edit.ids) for edit in edits)
+    tokens = sum(edit.length for edit in edits)
     return Plan(shapes, len(facts), tokens, rows, sums + _forward_bytes(base, edits, batch_size), settings.passes)
 
 
@@ -118,7 +118,7 @@ def _tuning_plan(base: Base, edits: Sequence[Encoded], settings: FinetuneSetting
     """One matrix: its shift, gradient, Adam's two moments and the sum put into the model; and the kept block inputs."""
     name = tuned_module(base.model, settings)
     dk, dv = matrix_shape(base.model.get_submodule(name))
-    tokens = sum(len(edit.ids) for edit in edits)
+    tokens = sum(edit.length for edit in edits)
     kept = min(edit_cache(base), tokens * base.model.get_input_embeddings().embedding_dim * base.dtype.itemsize)
     memory = 5 * 4 * dk * dv + kept + _forward_bytes(base, edits, min(batch_size, settings.batch_facts))
     # Every token's key is in the gradient, not those of answers alone.
@@ -127,11 +127,11 @@ def _tuning_plan(base: Base, edits: Sequence[Encoded], settings: FinetuneSetting
 
 def _insertion_plan(base: Base, facts: Sequence[Fact], settings: MemitSettings, batch_size: int) -> Plan:
     """One key a fact and module; second moments, their basis and the whitened keys of one module at a time in fp64."""
+    names = memit_modules(base.model, settings)
     wordings = encode_wordings(base, facts, settings)
     # Prefixes are not written yet: each fact is counted as often as it will be asked, at the length that will have.
     before = (0,) * (settings.prefix_tokens if settings.prefixes else 0)
     asked = [Encoded(before + fact.contexts[0].ids, 1) for fact in wordings for _ in range(1 + settings.prefixes)]
-    names = memit_modules(base.model, settings)
     shapes = {name: matrix_shape(base.model.get_submodule(name)) for name in names}
     widest = max(dk for dk, _ in shapes.values())
     moments = sum(4 * dk * dk for dk, _ in shapes.values())
@@ -143,7 +143,7 @@ def _insertion_plan(base: Base, facts: Sequence[Fact], settings: MemitSettings, 
 
 def _forward_bytes(base: Base, edits: Sequence[Encoded], batch_size: int) -> int:
     """The weights, and what a forward over the longest batch keeps for its gradient."""
-    longest = sorted((len(edit.ids) for edit in edits), reverse=True)[:batch_size]
+    longest = sorted((edit.length for edit in edits), reverse=True)[:batch_size]
     width = base.model.get_input_embeddings().embedding_dim
     activations = sum(longest) * width * 4 * 24  # a block keeps about two dozen width-sized tensors for its gradient
     weights = sum(p.numel() * p.element_size() for p in base.model.parameters())

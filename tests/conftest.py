@@ -64,8 +64,8 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 # ---------------------------------------------------------------- tokenizers
 
 
-def _byte_level_tokenizer() -> Any:
-    """GPT-2's kind: byte-level BPE, no token in front, `<|endoftext|>` for beginning and end."""
+def _byte_level_tokenizer(*special: str) -> Any:
+    """GPT-2's kind: byte-level BPE, no token in front, `<|endoftext|>` for beginning and end, unless `special` are."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -75,12 +75,13 @@ def _byte_level_tokenizer() -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=512,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=list(special) or [END_OF_TEXT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS.splitlines(), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+    names = {} if special else {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def _metaspace_tokenizer() -> Any:
@@ -111,7 +112,41 @@ def _metaspace_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-_TOKENIZERS = {"bytelevel": _byte_level_tokenizer, "metaspace": _metaspace_tokenizer}
+def _around(tokenizer: Any, template: str, **special: str) -> Any:
+    """A tokenizer of one of the kinds above that puts special tokens around a text, as encoders want it."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    inner = tokenizer.backend_tokenizer
+    inner.add_special_tokens(sorted(set(special.values())))
+    known = [(token, inner.token_to_id(token)) for token in template.split() if token != "$A"]
+    inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=list(dict.fromkeys(known)))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+
+
+def _t5_tokenizer() -> Any:
+    special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return _around(_metaspace_tokenizer(), "$A </s>", **special)
+
+
+def _roberta_tokenizer() -> Any:
+    """BART's and RoBERTa's kind: `<s>` in front, `</s>` behind."""
+    special = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>", "pad_token": "<pad>"}
+    return _around(_byte_level_tokenizer("<s>", "<pad>", "</s>"), "<s> $A </s>", **special)
+
+
+def _bert_tokenizer() -> Any:
+    special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+    return _around(_byte_level_tokenizer("[PAD]", "[CLS]", "[SEP]"), "[CLS] $A [SEP]", **special)
+
+
+_TOKENIZERS = {
+    "bytelevel": _byte_level_tokenizer,
+    "metaspace": _metaspace_tokenizer,
+    "t5": _t5_tokenizer,
+    "roberta": _roberta_tokenizer,
+    "bert": _bert_tokenizer,
+}
 
 # ---------------------------------------------------------------- models
 
@@ -137,38 +172,67 @@ _FAMILIES: dict[str, tuple[str, str, tuple[str, str, str, str], dict[str, Any]]]
 }
 FAMILIES = tuple(_FAMILIES)
 
+_BART_NAMES = ("encoder_layers", "d_model", "encoder_attention_heads", "encoder_ffn_dim")
+_PAIRED: dict[str, tuple[str, str, tuple[str, str, str, str], dict[str, Any]]] = {
+    "t5": (
+        "T5Config",
+        "t5",
+        ("num_layers", "d_model", "num_heads", "d_ff"),
+        {"d_kv": 8, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0},
+    ),
+    "bart": ("BartConfig", "roberta", _BART_NAMES, {"decoder_attention_heads": 4, "init_std": 0.2}),
+}
+_LABELS = {"id2label": {0: "REFUTES", 1: "SUPPORTS"}, "label2id": {"REFUTES": 0, "SUPPORTS": 1}}
+_CLASSIFIERS: dict[str, tuple[str, str, tuple[str, str, str, str], dict[str, Any]]] = {
+    "bert": ("BertConfig", "bert", _COMMON_NAMES, _LABELS),
+    "roberta": ("RobertaConfig", "roberta", _COMMON_NAMES, _LABELS),
+    "distilbert": ("DistilBertConfig", "bert", ("n_layers", "dim", "n_heads", "hidden_dim"), _LABELS),
+}
+PAIRED, CLASSIFIERS = tuple(_PAIRED), tuple(_CLASSIFIERS)
+_ALL = _FAMILIES | _PAIRED | _CLASSIFIERS
+
+
+def _auto_class(family: str) -> Any:
+    import transformers
+
+    name = "SequenceClassification" if family in _CLASSIFIERS else "Seq2SeqLM" if family in _PAIRED else "CausalLM"
+    return getattr(transformers, f"AutoModelFor{name}")
+
 
 def _config(family: str, tokenizer: Any, layers: int, width: int, mlp: int, overrides: dict[str, Any]) -> Any:
     import transformers
 
-    name, _, (layers_name, width_name, heads_name, mlp_name), settings = _FAMILIES[family]
-    positions = {} if "n_positions" in settings else {"max_position_embeddings": 128}
+    name, _, (layers_name, width_name, heads_name, mlp_name), settings = _ALL[family]
+    positions = {} if "n_positions" in settings or family == "t5" else {"max_position_embeddings": 128}
     fields = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": None if family != "opt" else tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id if family == "opt" else tokenizer.pad_token_id,
         "initializer_range": 0.2,
         layers_name: layers,
         width_name: width,
         heads_name: 4,
         mlp_name: mlp,
     }
+    if family in _PAIRED:
+        fields |= {"decoder_start_token_id": tokenizer.pad_token_id if family == "t5" else tokenizer.eos_token_id}
+    if family == "bart":
+        fields |= {"decoder_layers": layers, "decoder_ffn_dim": mlp}
     return getattr(transformers, name)(**(fields | positions | settings | overrides))
 
 
 def _build(folder: Path, family: str, options: dict[str, Any]) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
 
     seed, shard = options.pop("seed", 0), options.pop("max_shard_size", None)
     dtype = options.pop("dtype", "float32")
     layers, width = options.pop("layers", 2), options.pop("width", 32)
     mlp = options.pop("mlp", 64)
-    tokenizer = _TOKENIZERS[options.pop("tokenizer", _FAMILIES[family][1])]()
+    tokenizer = _TOKENIZERS[options.pop("tokenizer", _ALL[family][1])]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(_config(family, tokenizer, layers, width, mlp, options))
+        model = _auto_class(family).from_config(_config(family, tokenizer, layers, width, mlp, options))
         with torch.no_grad():  # biases and norms start at 0 and 1: give them values that an error would show in
             for parameter in model.parameters():
                 if parameter.dim() == 1:

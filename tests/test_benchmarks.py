@@ -362,3 +362,87 @@ def test_the_curve_of_an_editor(modules: Callable[[str], ModuleType], tiny_gpt2:
 
 def test_a_wrecked_model_s_perplexity_is_still_a_number(quality: ModuleType) -> None:
     assert math.isfinite(quality._exp(1e6))
+
+
+# ---------------------------------------------------------------- the other architectures
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_encoder_decoders_and_classifiers_are_measured_too(
+    quality: ModuleType, tiny_model_factory: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    facts = tmp_path / "facts.jsonl"
+    records = [
+        {
+            "prompt": f"Is the capital of Peru number {i}?",
+            "target": ("SUPPORTS", "REFUTES")[i % 2],
+            "rephrases": [f"Peru's capital is {i}"],
+            "locality": [{"prompt": f"Snow {i} is white", "target": "REFUTES"}],
+        }
+        for i in range(5)
+    ]
+    facts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    output = tmp_path / "quality.jsonl"
+    spec = tmp_path / "fast.yaml"
+    spec.write_text("method: finetune\nsettings: {lr: 0.03}\n")
+    command = [
+        tiny_model_factory(family),
+        "--facts",
+        facts,
+        "--sizes",
+        "4",
+        "--editor",
+        f"finetune={spec}",
+        "-o",
+        output,
+    ]
+    quality.main([*map(str, command), "--device", "cpu"])
+    base, tuned = (json.loads(line) for line in output.read_text().splitlines())
+    assert base["figures"]["ls.teacher_forced"] == base["figures"]["ls.greedy"] == 1.0
+    assert tuned["figures"]["es.teacher_forced"] > base["figures"]["es.teacher_forced"]
+    assert tuned["perplexity"]["before"] == base["perplexity"]["after"] > 1.0
+
+
+def test_a_fitted_classifier_knows_its_claims_and_can_be_edited(
+    modules: Callable[[str], ModuleType], tiny_model_factory: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Labels that one word decides are learned; blocks that are not fitted keep every bit."""
+    places = ("Peru", "France", "Japan", "Italy", "Spain", "Brazil")
+    claims = [
+        {"text": f"{place} number {i} is {word}", "label": label}
+        for i in range(6)
+        for place in places
+        for word, label in (("white", "SUPPORTS"), ("tennis", "REFUTES"))
+    ]
+    file = tmp_path / "claims.jsonl"
+    file.write_text("".join(json.dumps(claim) + "\n" for claim in claims))
+    encoder, out = tiny_model_factory("bert"), tmp_path / "fitted"
+    fit = modules("fit_classifier")
+    fit.main(
+        [
+            str(encoder),
+            str(file),
+            "-o",
+            str(out),
+            "--lr",
+            "0.01",
+            "--epochs",
+            "20",
+            "--batch-size",
+            "8",
+            "--blocks",
+            "1",
+        ]
+    )
+    base, before = load_base(str(out), device="cpu"), load_base(str(encoder), device="cpu")
+    assert base.task.labels == ("REFUTES", "SUPPORTS")
+    tokenizer = base.tokenizer
+    read = fit.read_claims(file, None)
+    assert fit.right(base.model, read, 16, tokenizer) > 0.8  # half of them have either label
+    changed = {
+        name
+        for (name, one), other in zip(base.model.named_parameters(), before.model.parameters(), strict=True)
+        if not one.equal(other)
+    }
+    assert changed
+    assert not any("layer.0." in name or "embeddings" in name for name in changed)

@@ -17,6 +17,7 @@ import malmen_cli
 import malmen_cli.edit as edit
 from malmen_cli.artifact.editors import install_editor, save_editor
 from malmen_cli.artifact.manifest import canonical
+from malmen_cli.base import causal
 from malmen_cli.base.model import Base, load_base
 from malmen_cli.base.prompts import encode
 from malmen_cli.base.spill import Spill
@@ -109,7 +110,7 @@ def test_facts_without_tokens_are_named(base: Base, monkeypatch: pytest.MonkeyPa
     def encode(tokenizer: Any, prompt: str, target: str, **options: Any) -> Any:
         raise FactsError([Problem("facts", None, "target", f"{target!r} has no tokens for this tokenizer")])
 
-    monkeypatch.setattr(edit, "encode", encode)
+    monkeypatch.setattr(causal, "encode", encode)
     facts = some_facts(25)
     for run in (
         lambda: encode_edits(base, facts, end_of_text=True),

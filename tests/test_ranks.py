@@ -159,7 +159,7 @@ def stirred(base: Base, settings: MalmenSettings) -> Editor:
 def make_trainer(base: Base, settings: MalmenSettings) -> Trainer:
     editor = Editor.fresh(base.model, settings)
     runner = Runner(base, min(block_index(base.model, name) for name in editor.names))
-    examples = encode_examples(base.tokenizer, make_facts(14), end_of_text=True)
+    examples = encode_examples(base.task, make_facts(14), end_of_text=True)
     training = {"steps": 3, "facts_per_step": (7,), "meta_facts": 5, "validate_every": 2, "valid_facts": 3, "warmup": 0}
     training |= {"calibration_facts": 7, "continuation": 2, "preserved_prompts": 15}
     return Trainer(runner, editor, examples, examples[:3], TrainingSettings(**training), batch_size=3)

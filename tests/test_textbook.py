@@ -51,7 +51,7 @@ def make_trainer(base: Base, facts: list[Fact], settings: MalmenSettings) -> Tra
     """Prepared, its network no longer the identity."""
     editor = Editor.fresh(base.model, settings)
     runner = Runner(base, min(block_index(base.model, name) for name in editor.names))
-    examples = encode_examples(base.tokenizer, facts, end_of_text=True)
+    examples = encode_examples(base.task, facts, end_of_text=True)
     trainer = Trainer(runner, editor, examples, examples[:4], TrainingSettings(**TRAINING), batch_size=5)
     trainer.prepare()
     generator = torch.Generator().manual_seed(1)

@@ -17,6 +17,7 @@ from malmen_cli.artifact.delta import CARD, with_shift
 from malmen_cli.artifact.manifest import MANIFEST, canonical, sealed
 from malmen_cli.artifact.output import SIDE_FILES_BYTES, check_output
 from malmen_cli.artifact.tensors import tensors_bytes, write_tensors
+from malmen_cli.base.tasks import recorded_task
 from malmen_cli.editing.shift import IN_OUT, ModuleShift, Shift
 
 TENSORS = "adapter_model.safetensors"
@@ -51,19 +52,22 @@ def write_adapter(
         tensors[f"base_model.model.{name}.lora_B.weight"] = right.T.contiguous()
     with Staging(out, force=force, need=tensors_bytes(tensors) + SIDE_FILES_BYTES) as staging:
         write_tensors(staging, TENSORS, tensors)
-        staging.write(CONFIG, canonical(adapter_config(shift, ranks, base_name)).encode())
+        config = adapter_config(shift, ranks, base_name, recorded_task(manifest).peft_type)
+        staging.write(CONFIG, canonical(config).encode())
         staging.write(CARD, card.encode())
         content = with_shift(manifest, shift, measured) | {"format": "adapter", "files": dict(staging.sha256)}
         staging.write(MANIFEST, sealed(content))
 
 
-def adapter_config(shift: Shift, ranks: Mapping[str, int], base_name: str) -> dict[str, object]:
+def adapter_config(
+    shift: Shift, ranks: Mapping[str, int], base_name: str, task: str | None = "CAUSAL_LM"
+) -> dict[str, object]:
     """PEFT's LoraConfig. lora_alpha equals r everywhere, so that the scaling is 1."""
     rank = max(ranks.values(), default=1)
     others = {name: own for name, own in ranks.items() if own != rank}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "r": rank,

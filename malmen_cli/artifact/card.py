@@ -7,17 +7,19 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from malmen_cli.base.tasks import recorded_task
+
 _LOADING = {
     "merged": (
         "transformers",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
+        "```python\nfrom transformers import {auto_class}, AutoTokenizer\n\n"
+        'model = {auto_class}.from_pretrained("path/to/this/folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```\n\nmalmen is not needed to use it.',
     ),
     "adapter": (
         "peft",
-        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        "base = AutoModelForCausalLM.from_pretrained({base})\n"
+        "```python\nfrom peft import PeftModel\nfrom transformers import {auto_class}\n\n"
+        "base = {auto_class}.from_pretrained({base})\n"
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n```\n\nmalmen is not needed to use it.',
     ),
     "delta": (
@@ -84,11 +86,12 @@ def _page(format: str, content: Mapping[str, Any], paragraphs: list[str]) -> str
     base = _base_name(content)
     quoted = json.dumps(base, ensure_ascii=False)
     library, loading = _LOADING[format]
+    task = recorded_task(content)
     tags = ["malmen", "model-editing", "knowledge-editing"]
     front = ["---", f"base_model: {quoted}", f"library_name: {library}"]
-    front += [] if format == "editor" else ["pipeline_tag: text-generation"]
+    front += [] if format == "editor" else [f"pipeline_tag: {task.pipeline}"]
     front += ["tags:", *(f"- {tag}" for tag in tags), "---"]
-    text = loading.replace("{base}", quoted)
+    text = loading.replace("{base}", quoted).replace("{auto_class}", task.auto_class)
     blocks = ["\n".join(front), f"# {base}, {_TITLES[format]}", *paragraphs, "## Loading", text]
     return "\n\n".join(block for block in blocks if block) + "\n"
 

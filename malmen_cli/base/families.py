@@ -1,4 +1,4 @@
-"""Where a language model can be edited: its block list and the matrices in it.
+"""Where a model can be edited: its stacks of transformer blocks and the matrices in them.
 
 They are found by type and shape, never by model name.
 """
@@ -6,6 +6,7 @@ They are found by type and shape, never by model name.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -32,23 +33,65 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
     return int(module.weight.shape[0]), int(module.nf)
 
 
-def block_list(model: Any) -> tuple[str, nn.ModuleList]:
-    """The dotted name and the list of the model's transformer blocks.
+CAUSAL, SEQ2SEQ, CLASSIFIER = "causal_lm", "seq2seq_lm", "classifier"
+IDS, SOURCE = "ids", "source"  # what a stack reads: see prompts.Encoded
 
-    It is the ModuleList as long as the config says the model is deep. Raises SpecError where there is none.
-    """
-    config = model.config.get_text_config()
-    depth = getattr(config, "num_hidden_layers", None)
-    for name, module in model.named_modules():
+
+def kind_of(model: Any) -> str:
+    """CAUSAL, SEQ2SEQ or CLASSIFIER: what the model answers with."""
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return CLASSIFIER
+    return SEQ2SEQ if getattr(model.config, "is_encoder_decoder", False) else CAUSAL
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Transformer blocks that run one after the other over one sequence of tokens."""
+
+    prefix: str
+    blocks: nn.ModuleList
+    reads: str  # IDS or SOURCE
+
+    def holds(self, module: str) -> bool:
+        """Whether a module of that dotted name lies in one of the blocks."""
+        return module.startswith(self.prefix + ".")
+
+
+def stacks(model: Any) -> tuple[Stack, ...]:
+    """The model's stacks in the order in which they run: one, or an encoder-decoder's two. Raises SpecError."""
+    kind, config = kind_of(model), model.config
+    if kind != SEQ2SEQ:
+        depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+        return (Stack(*_block_list(model, "", depth, type(model).__name__), SOURCE if kind == CLASSIFIER else IDS),)
+    names = {id(module): name for name, module in model.named_modules()}
+    found = []
+    for part, reads in ((model.get_encoder(), SOURCE), (model.get_decoder(), IDS)):
+        depths = (
+            ("encoder_layers", "num_hidden_layers") if reads == SOURCE else ("decoder_layers", "num_decoder_layers")
+        )
+        depth = next((getattr(config, name) for name in depths if hasattr(config, name)), None)
+        found.append(Stack(*_block_list(part, names[id(part)] + ".", depth, type(model).__name__), reads))
+    return tuple(found)
+
+
+def _block_list(part: Any, prefix: str, depth: int | None, model: str) -> tuple[str, nn.ModuleList]:
+    for name, module in part.named_modules():
         if (
             isinstance(module, nn.ModuleList)
             and len(module) == depth
             and any(is_leaf(leaf) for leaf in module[0].modules())
         ):
-            return name, module
-    raise SpecError(
-        f"no list of {depth} transformer blocks in a {type(model).__name__}; only decoder-only models can be edited"
-    )
+            return prefix + name, module
+    raise SpecError(f"no list of {depth} transformer blocks in a {model}; it cannot be edited")
+
+
+def block_list(model: Any) -> tuple[str, nn.ModuleList]:
+    """The dotted name and the list of the blocks that give the answer: a decoder's, where there is one.
+
+    It is the ModuleList as long as the config says the model is deep. Raises SpecError where there is none.
+    """
+    last = stacks(model)[-1]
+    return last.prefix, last.blocks
 
 
 def edited_blocks(depth: int, last_blocks: int | None = None) -> range:
@@ -59,45 +102,64 @@ def edited_blocks(depth: int, last_blocks: int | None = None) -> range:
 
 
 def default_modules(model: Any, last_blocks: int | None = None) -> list[str]:
-    """The second MLP matrix of each block that is edited by default, first block first.
+    """The second MLP matrix of each block that is edited by default, first stack and block first."""
+    return [
+        second_matrix(model, stack, index)
+        for stack in stacks(model)
+        for index in edited_blocks(len(stack.blocks), last_blocks)
+    ]
 
-    In a block it is the leaf that writes to the residual stream (its output is as wide as the model) from the
-    widest input; the later one of equals, since blocks define attention before the MLP.
+
+def second_matrix(model: Any, stack: Stack, index: int) -> str:
+    """The second MLP matrix of a block: the leaf that writes to the residual stream (its output is as wide as the
+    model) from the widest input; the later one of equals, since blocks define attention before the MLP.
     """
-    prefix, blocks = block_list(model)
     width = model.get_input_embeddings().embedding_dim
     width = getattr(model.config.get_text_config(), "hidden_size", width)
-    found = []
-    for index in edited_blocks(len(blocks), last_blocks):
-        leaves = [(name, matrix_shape(leaf)) for name, leaf in blocks[index].named_modules() if is_leaf(leaf)]
-        writers = [(dk, order, name) for order, (name, (dk, dv)) in enumerate(leaves) if dv == width]
-        if not writers:
-            raise SpecError(
-                f"block {prefix}.{index} has no matrix that writes to the residual stream; name `modules` in a spec"
-            )
-        found.append(f"{prefix}.{index}.{max(writers)[2]}")
-    return found
+    leaves = [(name, matrix_shape(leaf)) for name, leaf in stack.blocks[index].named_modules() if is_leaf(leaf)]
+    writers = [(dk, order, name) for order, (name, (dk, dv)) in enumerate(leaves) if dv == width]
+    if not writers:
+        raise SpecError(
+            f"block {stack.prefix}.{index} has no matrix that writes to the residual stream; name `modules` in a spec"
+        )
+    return f"{stack.prefix}.{index}.{max(writers)[2]}"
 
 
 def chosen_modules(model: Any, patterns: Sequence[str] | None, last_blocks: int | None = None) -> list[str]:
-    """The modules that a spec's `modules` patterns name (shell wildcards on dotted names), in the model's order.
+    """The modules that a spec's `modules` patterns name (shell wildcards on dotted names), in the order they run.
 
     Raises SpecError for a pattern that matches nothing or nothing that can be edited.
     """
     if not patterns:
         return default_modules(model, last_blocks)
-    prefix, _ = block_list(model)
-    leaves = [name for name, module in model.named_modules() if is_leaf(module) and name.startswith(prefix + ".")]
+    found = stacks(model)
+    leaves = [
+        name for stack in found for name, module in model.named_modules() if is_leaf(module) and stack.holds(name)
+    ]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in leaves):
-            raise SpecError(f"modules: {pattern!r} matches no Linear or Conv1D in {prefix}; for example {leaves[-1]}")
+            where = " or ".join(stack.prefix for stack in found)
+            raise SpecError(f"modules: {pattern!r} matches no Linear or Conv1D in {where}; for example {leaves[-1]}")
     return [name for name in leaves if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
+def stack_of(model: Any, module: str) -> Stack:
+    """The stack that a module lies in. Raises SpecError for one outside."""
+    found = stacks(model)
+    for stack in found:
+        index = module.removeprefix(stack.prefix + ".").split(".")[0]
+        if stack.holds(module) and index.isdecimal():
+            return stack
+    raise SpecError(f"{module} is in no block of {' or '.join(stack.prefix for stack in found)}")
+
+
 def block_index(model: Any, module: str) -> int:
-    """Which block of the block list a module lies in. Raises SpecError for one outside."""
-    prefix, _ = block_list(model)
-    index = module.removeprefix(prefix + ".").split(".")[0]
-    if not module.startswith(prefix + ".") or not index.isdecimal():
-        raise SpecError(f"{module} is in no block of {prefix}")
-    return int(index)
+    """Which block a module lies in, counted in the order they run: an encoder's first. Raises SpecError for one
+    outside."""
+    mine = stack_of(model, module)
+    before = 0
+    for stack in stacks(model):
+        if stack.prefix == mine.prefix:
+            break
+        before += len(stack.blocks)
+    return before + int(module.removeprefix(mine.prefix + ".").split(".")[0])

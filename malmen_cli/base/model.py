@@ -6,19 +6,23 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from malmen_cli.base.families import CLASSIFIER, kind_of
 from malmen_cli.base.locate import locate
+from malmen_cli.base.tasks import Task, task_of
 from malmen_cli.base.weights import fingerprint
 from malmen_cli.exceptions import CheckpointError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 # Causal masks and rotary tables that older releases saved beside the weights (the hub's GPT-2, GPT-J and Pythia).
-_OLD_BUFFER = re.compile(r"\b(attn|attention)\.(bias|masked_bias)$|\brotary_emb\.inv_freq$")
+# So are BERT's position numbers.
+_OLD_BUFFER = re.compile(r"\b(attn|attention)\.(bias|masked_bias)$|\brotary_emb\.inv_freq$|embeddings\.position_ids$")
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,16 @@ class Base:
         parameter: nn.Parameter = next(self.model.parameters())
         return parameter.device
 
+    @cached_property
+    def task(self) -> Task:
+        """How the model is asked and how it answers."""
+        return task_of(self.model, self.tokenizer)
+
     @property
     def room(self) -> int | None:
         """The most tokens the model reads at once, where its config says so."""
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return int(room) if room is not None else None
+        return int(room) - _skipped_positions(self.model) if room is not None else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,11 +90,12 @@ def load_base(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Base:
-    """Load a hub id, folder, `.gguf` file or built-in alias as a causal language model.
+    """Load a hub id, folder, `.gguf` file or built-in alias as what its config says it is: a causal language model, an
+    encoder-decoder, or a sequence classifier.
 
     dtype: `auto` keeps the checkpoint's, else a torch dtype's name. Raises CheckpointError.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     if dtype not in DTYPES:
         raise CheckpointError(f"--dtype {dtype}: not one of {', '.join(DTYPES)}")
@@ -96,7 +106,7 @@ def load_base(
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(found.folder, **options)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = _auto_class(name, config).from_pretrained(
             found.folder,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -105,12 +115,12 @@ def load_base(
             **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(found.folder, **options)
-    except MemoryError:
+    except (MemoryError, CheckpointError):
         raise
     except Exception as error:  # tokenizers raises a bare Exception, and a config may divide transformers by zero
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(f"{name}: transformers cannot load it: {reason}") from error
-    _refuse_incomplete(name, report)
+    _refuse_incomplete(name, model, report)
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise CheckpointError(f"{name}: its tokenizer has no tokens; copy the tokenizer's files into the folder")
     model = model.to(place).eval().requires_grad_(False)
@@ -149,8 +159,45 @@ def logits_at(
             handle.remove()
 
 
-def _refuse_incomplete(name: str, report: dict[str, Any]) -> None:
+def _skipped_positions(model: Any) -> int:
+    """Positions that no token has: RoBERTa counts from behind its padding index."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
+
+
+def _auto_class(name: str, config: Any) -> Any:
+    """The transformers class that loads the checkpoint. Raises CheckpointError for one without a head that answers."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    classes = tuple(str(each) for each in getattr(config, "architectures", None) or ())
+    paired = bool(getattr(config, "is_encoder_decoder", False))
+    if any(each.endswith("ForSequenceClassification") for each in classes):
+        if paired:
+            raise CheckpointError(
+                f"{name}: {classes[0]} classifies with a decoder; only encoders that do can be edited"
+            )
+        return AutoModelForSequenceClassification
+    if paired:
+        return AutoModelForSeq2SeqLM
+    decodes = any(each.endswith(("ForCausalLM", "LMHeadModel")) for each in classes)
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes:
+        what = classes[0] if classes else f"model of type {config.model_type}"
+        raise CheckpointError(
+            f"{name}: a {what} has no classification head, so it can say nothing of a fact; "
+            "fit one with AutoModelForSequenceClassification and pass that checkpoint"
+        )
+    return AutoModelForCausalLM
+
+
+def _refuse_incomplete(name: str, model: Any, report: dict[str, Any]) -> None:
     """transformers fills missing tensors with noise and ignores extra ones: neither may pass for the base."""
+    body = f"{model.base_model_prefix}."
+    heads = sorted(str(key) for key in report.get("missing_keys") or () if not str(key).startswith(body))
+    if heads and kind_of(model) == CLASSIFIER:
+        raise CheckpointError(f"{name}: its classification head is missing ({heads[0]}); fit one and save it with it")
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         keys = sorted(str(key) for key in report.get(kind) or () if not _OLD_BUFFER.search(str(key)))
         if keys:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from malmen_cli.exceptions import FactsError, Problem
@@ -25,11 +25,30 @@ class Encoded:
 
     Answer token t is predicted at position t - 1, so `positions` runs from the last prompt token to the
     second-last answer token. `subject` is the index of the subject's last token in the prompt, where it is known.
+
+    Where an encoder of its own reads the prompt, `source` holds it: then `ids[:n_prompt]` only starts the answer,
+    `subject` is an index in `source`, and the outputs of its first `read` tokens are all that the answer can see.
     """
 
     ids: tuple[int, ...]
     n_prompt: int
     subject: int | None = None
+    source: tuple[int, ...] = ()
+    read: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens in all."""
+        return len(self.source) + len(self.ids)
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the model sees of it: equal keys have equal states and logits."""
+        return self.source, self.ids
+
+    def answered(self, answer: Sequence[int]) -> Encoded:
+        """The same prompt with another answer."""
+        return replace(self, ids=(*self.ids[: self.n_prompt], *answer))
 
     @property
     def answer(self) -> tuple[int, ...]:

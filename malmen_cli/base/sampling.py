@@ -1,17 +1,19 @@
 """Text sampled from the base itself at temperature 1, so that nothing has to be downloaded.
 
-Every text starts with the tokenizer's first special token, where it has one, and a random word of its vocabulary.
+What it starts from is the task's: with the tokenizer's first special token, where it has one, and a random word of its
+vocabulary; or, where an encoder reads the prompt, with a prompt of a few such words.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 
-from malmen_cli.base.model import Base, logits_at
+from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded
+from malmen_cli.base.writing import Writer
 from malmen_cli.exceptions import NumericsError
 
 TEXTS = 32  # of the base, where facts bring no locality probes
@@ -20,15 +22,19 @@ WINDOW = 64  # tokens of each text of many: long enough for words, short enough 
 WINDOWS_AT_ONCE = 64
 
 
-def sampled_texts(base: Base, count: int = TEXTS, tokens: int = TOKENS, *, seed: int = 0) -> list[Encoded]:
-    """`count` texts of `tokens` tokens behind their start, drawn together; the first half of each is its prompt.
+def sampled_answers(base: Base, count: int, tokens: int, *, seed: int = 0) -> list[Encoded]:
+    """`count` texts of at most `tokens` tokens behind their start, which is the prompt of each; drawn together.
 
     Raises NumericsError.
     """
     generator = torch.Generator().manual_seed(seed)
-    starts = random_starts(base, count, generator)
-    texts = _written_on(base, starts, len(starts[0]) + tokens, generator)
-    return [Encoded(text, max(1, len(text) // 2)) for text in texts]
+    return _written_on(base, random_starts(base, count, generator), tokens, generator)
+
+
+def sampled_texts(base: Base, count: int = TEXTS, tokens: int = TOKENS, *, seed: int = 0) -> list[Encoded]:
+    """`sampled_answers`, the first half of each text its prompt where prompt and answer are one text."""
+    texts = sampled_answers(base, count, tokens, seed=seed)
+    return [text if text.source else replace(text, n_prompt=max(1, len(text.ids) // 2)) for text in texts]
 
 
 def sampled_windows(base: Base, tokens: int) -> list[tuple[int, ...]]:
@@ -39,45 +45,34 @@ def sampled_windows(base: Base, tokens: int) -> list[tuple[int, ...]]:
     generator = torch.Generator().manual_seed(0)
     length = min(WINDOW, base.room or WINDOW, tokens)
     count = -(-tokens // length)
-    starts = [start[:length] for start in random_starts(base, count, generator)]
+    starts = [replace(start, ids=start.ids[:length]) for start in random_starts(base, count, generator)]
     texts: list[tuple[int, ...]] = []
     for first in range(0, count, WINDOWS_AT_ONCE):
-        texts += _written_on(base, starts[first : first + WINDOWS_AT_ONCE], length, generator)
+        part = starts[first : first + WINDOWS_AT_ONCE]
+        texts += [text.ids for text in _written_on(base, part, length - len(part[0].ids), generator)]
     texts[-1] = texts[-1][: tokens - length * (count - 1)]
     return texts
 
 
-def random_starts(base: Base, count: int, generator: torch.Generator) -> list[tuple[int, ...]]:
+def random_starts(base: Base, count: int, generator: torch.Generator) -> list[Encoded]:
     """What texts begin with, each of the same length."""
     vocabulary = base.model.get_input_embeddings().num_embeddings
     special = set(base.tokenizer.all_special_ids)
-    starts: list[tuple[int, ...]] = []
-    while len(starts) < count:
+    size = base.task.opening_words
+    words: list[int] = []
+    while len(words) < count * size:
         token = int(torch.randint(min(vocabulary, len(base.tokenizer)), (1,), generator=generator))
         if token not in special:
-            starts.append((token,) if base.tokenizer.bos_token_id is None else (base.tokenizer.bos_token_id, token))
-    return starts
+            words.append(token)
+    return [base.task.opening(words[start : start + size]) for start in range(0, len(words), size)]
 
 
-@torch.inference_mode()
-def _written_on(
-    base: Base, starts: Sequence[tuple[int, ...]], length: int, generator: torch.Generator
-) -> list[tuple[int, ...]]:
-    """Texts of one length written on to `length` tokens in one batch, with the model's own cache where it has one."""
-    texts = [list(start) for start in starts]
-    rows = torch.arange(len(texts), device=base.device)
-    cache: Any = None
-    while len(texts[0]) < length:
-        ids = torch.tensor([text if cache is None else text[-1:] for text in texts], device=base.device)
-        mask = torch.ones(len(texts), len(texts[0]), dtype=torch.long, device=base.device)
-        past = {"past_key_values": cache} if cache is not None else {}
-        with logits_at(base.model, rows, torch.full_like(rows, ids.shape[1] - 1)) as gather:
-            output = base.model(input_ids=ids, attention_mask=mask, use_cache=True, **past)
-            logits = gather(output.logits).float()
-        cache = getattr(output, "past_key_values", None)
+def _written_on(base: Base, starts: Sequence[Encoded], tokens: int, generator: torch.Generator) -> list[Encoded]:
+    """Texts of one length written on by `tokens` tokens, or as many as an answer has, in one batch."""
+    writer = Writer(base, starts)
+    for _ in range(min(tokens, base.task.longest_answer or tokens)):
+        logits = writer.logits()
         if not bool(torch.isfinite(logits).all()):
             raise NumericsError("the base's logits are not finite; load it in another --dtype")
-        drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].tolist()
-        for text, token in zip(texts, drawn, strict=True):
-            text.append(token)
-    return [tuple(text) for text in texts]
+        writer.write(torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0])
+    return [replace(start, ids=tuple(text)) for start, text in zip(starts, writer.ids.tolist(), strict=True)]

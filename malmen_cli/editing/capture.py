@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from malmen_cli.base import ranks
+from malmen_cli.base.batch import Batch
+from malmen_cli.base.families import IDS, SOURCE
 from malmen_cli.base.memory import halving
 from malmen_cli.base.prompts import Encoded, by_length
-from malmen_cli.editing.replay import Batch, Runner, make_batch
+from malmen_cli.editing.replay import Runner
 from malmen_cli.exceptions import NumericsError
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Captured rows of a few facts. Module axis m in the order of `names`.
+    """Captured rows of a few facts, of modules in one stack. Module axis m in the order of `names`.
 
     keys: per name (n, dk) fp32; gradients: per name (n, dv) fp32; values: per name (n, dv) fp32, the module's
     output there; owners: (n,) long, index of each row's fact in the sequence given; roles: (n,) long, see ROLES.
@@ -38,23 +40,31 @@ PROMPT_END, ANSWER, SUBJECT, CONTEXT = range(4)
 ROLES = {"answer": 2, "subject": 3, "all": 4}  # setting `tokens` -> number of roles there are
 
 
-def places(edit: Encoded, tokens: str) -> list[tuple[int, int]]:
+def places(edit: Encoded, tokens: str, reads: str = IDS) -> list[tuple[int, int]]:
     """The positions of an edit that give rows, each with its role, in order of position.
 
     `answer`: where answer tokens are predicted (MALMEN). `subject`: the subject's last token too, where MEMIT found
     facts to be looked up. `all`: every token whose output the answer can see. The first token is left alone unless it
     is the whole prompt: as the attention sink it has one huge key whatever its word; a shift there moves every text.
+
+    reads: what the modules' stack reads. In an encoder rows are taken where its output is read: everywhere by a
+    decoder, at the first token by a classification head.
     """
-    role = dict.fromkeys(range(1, edit.n_prompt), CONTEXT) if tokens == "all" else {}
-    if tokens != "answer" and edit.subject:
+    if reads == SOURCE:
+        role = dict.fromkeys(range(len(edit.source)), CONTEXT) if tokens == "all" else {}
+        role |= dict.fromkeys(range(edit.read), PROMPT_END)
+    else:
+        role = dict.fromkeys(range(1, edit.n_prompt), CONTEXT) if tokens == "all" else {}
+    if tokens != "answer" and edit.subject and bool(edit.source) == (reads == SOURCE):
         role[edit.subject] = SUBJECT
-    role |= {position: ANSWER if position >= edit.n_prompt else PROMPT_END for position in edit.positions}
+    if reads == IDS:
+        role |= {position: ANSWER if position >= edit.n_prompt else PROMPT_END for position in edit.positions}
     return sorted(role.items())
 
 
-def row_count(edits: Sequence[Encoded], tokens: str) -> int:
+def row_count(edits: Sequence[Encoded], tokens: str, reads: str = IDS) -> int:
     """How many rows `edits` will give."""
-    return sum(len(places(edit, tokens)) for edit in edits)
+    return sum(len(places(edit, tokens, reads)) for edit in edits)
 
 
 @contextmanager
@@ -90,17 +100,19 @@ def watching(
 def edit_rows(
     runner: Runner, edits: Sequence[Encoded], names: Sequence[str], batch_size: int, tokens: str, *, keep: bool = False
 ) -> Iterator[Rows]:
-    """Keys and value gradients of `edits` at the places that `tokens` asks for, one LM batch at a time, longest first.
-    Of several ranks, each has the rows of its share of the edits.
+    """Keys and value gradients of `edits` at the places that `tokens` asks for, one LM batch at a time, longest first;
+    of each batch one Rows a stack that has modules among `names`. Of several ranks, each has the rows of its share of
+    the edits.
 
     The loss of a fact is the sum over its answer tokens divided by their number, and facts are summed, so that
     the rows do not depend on how facts are batched. A batch that does not fit in memory is halved.
     Raises NumericsError naming module and fact position, MemoryLimitError when one fact does not fit.
     """
     own = ranks.share(len(edits))
-    for batch in by_length([len(edits[i].ids) for i in own], batch_size):
+    for batch in by_length([edits[i].length for i in own], batch_size):
         indices = [own[place] for place in batch]
-        yield from halving(indices, lambda part: _batch_rows(runner, edits, names, part, tokens, keep=keep))
+        for rows in halving(indices, lambda part: _batch_rows(runner, edits, names, part, tokens, keep=keep)):
+            yield from rows
 
 
 def fact_loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -127,28 +139,25 @@ def answer_counts(batch: Batch, like: Tensor) -> Tensor:
 
 def _batch_rows(
     runner: Runner, edits: Sequence[Encoded], names: Sequence[str], indices: Sequence[int], tokens: str, *, keep: bool
-) -> Rows:
+) -> list[Rows]:
     with torch.enable_grad(), watching(runner.model, names, gradients=True) as (inputs, outputs):
         logits, batch = runner.logits([edits[i] for i in indices], keep=keep)
         loss = fact_loss(logits, batch)
-        gradients = torch.autograd.grad(loss, [outputs[name] for name in names])
-    shape = batch.ids.shape
-    chosen = [(i, row, *place) for row, i in enumerate(indices) for place in places(edits[i], tokens)]
-    owners, lines, columns, roles = torch.tensor(chosen, dtype=torch.long).reshape(-1, 4).T.to(batch.rows.device)
-
-    def at_places(tensor: Tensor) -> Tensor:
-        return tensor.detach().reshape(*shape, -1)[lines, columns].float()
-
-    rows = Rows(
-        {name: at_places(inputs[name]) for name in names},
-        {name: at_places(gradient) for name, gradient in zip(names, gradients, strict=True)},
-        {name: at_places(outputs[name]) for name in names},
-        owners,
-        roles,
-        float(loss.detach()),
-    )
-    _check_finite(rows)
-    return rows
+        found = torch.autograd.grad(loss, [outputs[name] for name in names])
+    gradients = dict(zip(names, found, strict=True))
+    stacked = []
+    for reads, mine in runner.by_stack(names):
+        chosen = [(i, row, *place) for row, i in enumerate(indices) for place in places(edits[i], tokens, reads)]
+        owners, lines, columns, roles = torch.tensor(chosen, dtype=torch.long).reshape(-1, 4).T.to(batch.rows.device)
+        spots = lines * batch.mask_of(reads).shape[1] + columns
+        keys, pulls, values = (
+            {name: tensors[name].detach().flatten(0, -2)[spots].float() for name in mine}
+            for tensors in (inputs, gradients, outputs)
+        )
+        rows = Rows(keys, pulls, values, owners, roles, float(loss.detach()))
+        _check_finite(rows)
+        stacked.append(rows)
+    return stacked
 
 
 def _check_finite(rows: Rows) -> None:
@@ -171,12 +180,15 @@ def all_keys(
 
     def run(indices: Sequence[int]) -> dict[str, Tensor]:
         with torch.no_grad(), watching(runner.model, names, gradients=False) as (inputs, _):
-            batch = make_batch([sequences[i] for i in indices], runner.base.device)
+            batch = runner.task.batch([sequences[i] for i in indices], runner.base.device)
             runner.full_logits(batch)
-        real = batch.mask.bool()
-        return {name: inputs[name].reshape(*real.shape, -1)[real].float() for name in names}
+        found: dict[str, Tensor] = {}
+        for reads, mine in runner.by_stack(names):
+            real = batch.mask_of(reads).bool()
+            found |= {name: inputs[name].reshape(*real.shape, -1)[real].float() for name in mine}
+        return found
 
-    for indices in by_length([len(s.ids) for s in sequences], batch_size):
+    for indices in by_length([s.length for s in sequences], batch_size):
         yield from halving(indices, run)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from malmen_cli.base.families import chosen_modules, matrix_shape
-from malmen_cli.editing.capture import ROLES
+from malmen_cli.base.families import IDS, chosen_modules, matrix_shape, stack_of
+from malmen_cli.editing.capture import ROLES, Rows
 from malmen_cli.editing.hypernetwork import HyperNetwork
 from malmen_cli.editing.ridge import Penalty, Preserved
 from malmen_cli.editing.settings import MalmenSettings
@@ -22,13 +22,21 @@ HALVED = ("down", "up", "preserved_basis")  # nearly all of an editor; half the 
 
 @dataclass
 class Group:
-    """Modules of one shape (dk, dv), edited as one batched computation with one hyper-network."""
+    """Modules of one stack and shape (dk, dv), edited as one batched computation with one hyper-network.
+
+    reads: what their stack reads, and so where their rows come from (see capture.places).
+    """
 
     names: tuple[str, ...]
     dk: int
     dv: int
     network: HyperNetwork
     preserved: Preserved
+    reads: str = IDS
+
+    def own(self, parts: Iterable[Rows]) -> list[Rows]:
+        """The captured rows that are of these modules."""
+        return [part for part in parts if self.names[0] in part.keys]
 
     def stack(self, by_name: Mapping[str, Tensor]) -> Tensor:
         """(m, n, *) from per-module (n, *)."""
@@ -57,12 +65,13 @@ class Editor:
         names = chosen_modules(model, settings.modules, settings.last_blocks)
         device = next(model.parameters()).device
         generator = torch.Generator().manual_seed(seed)
-        shapes: dict[tuple[int, int], list[str]] = {}
+        alike: dict[tuple[str, int, int], list[str]] = {}
         for name in names:
-            shapes.setdefault(matrix_shape(model.get_submodule(name)), []).append(name)
+            kind = stack_of(model, name).reads, *matrix_shape(model.get_submodule(name))
+            alike.setdefault(kind, []).append(name)
         groups = []
         blocks = settings.blocks if settings.network == "mlp" else 0
-        for (dk, dv), members in shapes.items():
+        for (reads, dk, dv), members in alike.items():
             network = HyperNetwork(
                 len(members),
                 dk,
@@ -72,7 +81,7 @@ class Editor:
                 roles=ROLES[settings.tokens],
                 generator=generator,
             ).to(device)
-            groups.append(Group(tuple(members), dk, dv, network, Preserved.none(len(members), dk, device)))
+            groups.append(Group(tuple(members), dk, dv, network, Preserved.none(len(members), dk, device), reads))
         return cls(settings, groups, {name: weight_layout(model.get_submodule(name)) for name in names})
 
     @property

@@ -7,21 +7,22 @@ Masks, rotary tables, final norms and soft-caps are the model's own, since its o
 
 from __future__ import annotations
 
-import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from malmen_cli.base.families import block_list
+from malmen_cli.base.batch import Batch
+from malmen_cli.base.families import Stack, stacks
 from malmen_cli.base.model import Base, logits_at
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.base.spill import Spill
+from malmen_cli.editing.blocks import change_output, passing, swap_input, watch_input, watch_output
 
 CACHE_BYTES = 2 << 30  # kept block inputs, beyond which the least recently used are spilled, or dropped and recomputed
 EDIT_CACHE_BYTES = 64 << 20  # of an edit on the CPU: each pass asks for a state once, which disk gives soon enough
@@ -38,41 +39,9 @@ def edit_cache(base: Base) -> int:
 Behind = tuple[int, Callable[[Tensor], Tensor]]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Padded token ids with the positions whose logits are wanted.
-
-    ids, mask: (B, T); rows, columns: (n,) the wanted positions; labels: (n,) the token each should predict;
-    owners: (n,) index into the batch of the sequence each belongs to.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    rows: Tensor
-    columns: Tensor
-    labels: Tensor
-
-    @property
-    def owners(self) -> Tensor:
-        return self.rows
-
-
-def make_batch(sequences: Sequence[Encoded], device: torch.device, *, side: str = "right", pad_id: int = 0) -> Batch:
-    """Pad sequences to one (B, T) batch; positions are those that predict answer tokens."""
-    width = max(len(s.ids) for s in sequences)
-    offsets = [width - len(s.ids) if side == "left" else 0 for s in sequences]
-    ids = torch.full((len(sequences), width), pad_id)
-    mask = torch.zeros(len(sequences), width, dtype=torch.long)
-    for row, (sequence, start) in enumerate(zip(sequences, offsets, strict=True)):
-        ids[row, start : start + len(sequence.ids)] = torch.tensor(sequence.ids)
-        mask[row, start : start + len(sequence.ids)] = 1
-    places = [
-        (row, start + p, s.ids[p + 1])
-        for row, (s, start) in enumerate(zip(sequences, offsets, strict=True))
-        for p in s.positions
-    ]
-    rows, columns, labels = torch.tensor(places, dtype=torch.long).reshape(-1, 3).T.to(device)
-    return Batch(ids.to(device), mask.to(device), rows, columns, labels)
+# What is kept of a prompt: the input of the first block that runs, and what an encoder in front of it gave.
+Kept = tuple[Tensor, ...]
+Key = tuple[tuple[int, ...], tuple[int, ...]]  # Encoded.key
 
 
 class Runner:
@@ -86,11 +55,13 @@ class Runner:
         self.base = base
         self.model: Any = base.model
         self.first = first
-        self.blocks = block_list(base.model)[1]
-        self._takes_positions = "position_ids" in inspect.signature(base.model.forward).parameters
-        self._tuples = [False] * len(self.blocks)
-        self._states: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
-        self._company: dict[tuple[int, ...], tuple[Encoded, ...]] = {}
+        self.task = base.task
+        self.stacks = stacks(base.model)
+        self.blocks = [block for stack in self.stacks for block in stack.blocks]
+        self._extras = [-1] * len(self.blocks)  # how much each returns beside hidden states; -1: they come alone
+        self._givers: dict[int, list[Any]] = {}  # outputs of the blocks that run for what they hand on
+        self._states: OrderedDict[Key, Kept] = OrderedDict()
+        self._company: dict[Key, tuple[Encoded, ...]] = {}
         self._free = cache_bytes
         self._spill = Spill(spill_bytes)
         self.replaying = self._verify() and first > 0  # in any case: it also notes what the blocks return
@@ -101,8 +72,8 @@ class Runner:
         Rounding differs with the batch a sequence is in; with fixed company a run that starts in the middle
         (a resumed training) sees the same bits as one that started at the beginning.
         """
-        company = tuple({s.ids: s for s in sequences if s.ids not in self._company}.values())
-        self._company |= {member.ids: company for member in company}
+        company = tuple({s.key: s for s in sequences if s.key not in self._company}.values())
+        self._company |= {member.key: company for member in company}
 
     def logits(
         self, sequences: Sequence[Encoded], *, keep: bool = True, behind: Behind | None = None
@@ -113,11 +84,16 @@ class Runner:
         block, `first` or a later one, and a function from the hidden states (B, T, width) that it hands on to those
         that it should.
         """
-        batch = make_batch(sequences, self.base.device)
+        batch = self.task.batch(sequences, self.base.device)
         if not self.replaying:
             return self._forward(batch, range(len(self.blocks)), None, behind=behind), batch
         prefix = self._prefix(sequences, batch, keep)
         return self._forward(batch, range(self.first, len(self.blocks)), prefix, behind=behind), batch
+
+    def by_stack(self, names: Sequence[str]) -> list[tuple[str, list[str]]]:
+        """What each stack with any of the modules `names` reads, and which of them it holds."""
+        held = [(stack.reads, [name for name in names if stack.holds(name)]) for stack in self.stacks]
+        return [(reads, mine) for reads, mine in held if mine]
 
     def full_logits(self, batch: Batch) -> Tensor:
         """Logits at the batch's positions by the model's plain forward over every block."""
@@ -125,7 +101,12 @@ class Runner:
 
     @torch.no_grad()
     def heads(self, sequences: Sequence[Encoded]) -> list[Tensor]:
-        """For each sequence the inputs of the output head at its answer positions: (answer tokens, width)."""
+        """For each sequence the inputs of the output head at its answer positions: (answer tokens, width).
+
+        Of a model without output embeddings, whose logits are few, the logits themselves."""
+        counts = [len(s.positions) for s in sequences]
+        if self.model.get_output_embeddings() is None:
+            return list(self.logits(sequences)[0].detach().split(counts))
         kept: list[Tensor] = []
 
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -138,28 +119,40 @@ class Runner:
         finally:
             handle.remove()
         states = kept[-1].reshape(-1, kept[-1].shape[-1])
-        return list(states.split([len(s.positions) for s in sequences]))
+        return list(states.split(counts))
 
     def logits_of(self, heads: Tensor) -> Tensor:
-        """Logits (n, vocabulary) of kept head inputs (n, width), the model's own caps and scales included."""
-        places = torch.zeros(1, dtype=torch.long, device=heads.device)
-        batch = Batch(places[None], places[None] + 1, places, places, places)
+        """Logits (n, vocabulary) of what `heads` gave (n, width), the model's own caps and scales included."""
+        if self.model.get_output_embeddings() is None:
+            return heads
+        batch = self.task.batch([self.task.trial((0, 0, 0))], heads.device)
         return self._forward(batch, range(0), None, heads=heads)
 
-    def _prefix(self, sequences: Sequence[Encoded], batch: Batch, keep: bool) -> Tensor:
-        """The input of block `first`, (B, T, width): kept states where there are, computed for the others."""
-        found: dict[tuple[int, ...], Tensor] = {}
-        alone: dict[tuple[int, ...], Encoded] = {}
+    def _stack(self) -> Stack:
+        """The stack of block `first`."""
+        ends = accumulate(len(stack.blocks) for stack in self.stacks)
+        return next((stack for stack, end in zip(self.stacks, ends, strict=True) if self.first < end), self.stacks[-1])
+
+    def _before(self, stack: Stack) -> int:
+        """How many blocks run in front of a stack."""
+        return sum(len(other.blocks) for other in self.stacks[: self.stacks.index(stack)])
+
+    def _prefix(self, sequences: Sequence[Encoded], batch: Batch, keep: bool) -> Kept:
+        """The input of block `first`, (B, T, width), and what an encoder in front of it gives: kept states where there
+        are, computed for the others."""
+        found: dict[Key, Kept] = {}
+        alone: dict[Key, Encoded] = {}
         for sequence in sequences:
-            if sequence.ids in self._states:
-                self._states.move_to_end(sequence.ids)
-                found[sequence.ids] = self._states[sequence.ids]
-            elif (spilled := self._spill.get(sequence.ids, self.base.device)) is not None:
-                found[sequence.ids] = spilled  # stays on disk: in a pass over all facts each is asked for once
-            elif sequence.ids not in self._company:
-                alone[sequence.ids] = sequence
-            elif sequence.ids not in found:
-                company = self._run_prefix(self._company[sequence.ids])
+            key = sequence.key
+            if key in self._states:
+                self._states.move_to_end(key)
+                found[key] = self._states[key]
+            elif (spilled := self._spilled(key)) is not None:
+                found[key] = spilled  # stays on disk: in a pass over all facts each is asked for once
+            elif key not in self._company:
+                alone[key] = sequence
+            elif key not in found:
+                company = self._run_prefix(self._company[key])
                 found |= company
                 self._remember(company)
         if alone:
@@ -167,35 +160,61 @@ class Runner:
             found |= fresh
             if keep:
                 self._remember(fresh)
-        width = next(iter(found.values())).shape[-1]
-        padded = torch.zeros(*batch.ids.shape, width, dtype=self.base.dtype, device=self.base.device)
-        for row, sequence in enumerate(sequences):
-            padded[row, : len(sequence.ids)] = found[sequence.ids]
+        rows = [found[sequence.key] for sequence in sequences]
+        return tuple(
+            self._padded([row[place] for row in rows], batch.mask_of(reads)) for place, reads in enumerate(self._read())
+        )
+
+    def _read(self) -> tuple[str, ...]:
+        """What the kept states of a prompt are of, in the order of Kept."""
+        mine = self._stack()
+        return (mine.reads, *(stack.reads for stack in self.stacks[: self.stacks.index(mine)]))
+
+    def _padded(self, states: Sequence[Tensor], mask: Tensor) -> Tensor:
+        padded = torch.zeros(*mask.shape, states[0].shape[-1], dtype=self.base.dtype, device=self.base.device)
+        for row, state in enumerate(states):
+            padded[row, : len(state)] = state
         return padded
 
     @torch.no_grad()
-    def _run_prefix(self, sequences: Sequence[Encoded]) -> dict[tuple[int, ...], Tensor]:
+    def _run_prefix(self, sequences: Sequence[Encoded]) -> dict[Key, Kept]:
         seen: list[Tensor] = []
-        with _watch_input(self.blocks[self.first], seen):
-            self._forward(make_batch(sequences, self.base.device), range(self.first), None)
-        return {s.ids: seen[0][row, : len(s.ids)].clone() for row, s in enumerate(sequences)}
+        batch = self.task.batch(sequences, self.base.device)
+        mine = self._stack()
+        with ExitStack() as stack:
+            stack.enter_context(watch_input(self.blocks[self.first], seen))
+            if mine is not self.stacks[0]:
+                outputs = stack.enter_context(watch_output(self.model.get_encoder(), []))
+            self._forward(batch, range(self.first), None)
+            if mine is not self.stacks[0]:
+                seen.append(outputs[0][0].detach())
+        lengths = [batch.mask_of(reads).sum(-1).tolist() for reads in self._read()]
+        return {
+            s.key: tuple(kept[row, : length[row]].clone() for kept, length in zip(seen, lengths, strict=True))
+            for row, s in enumerate(sequences)
+        }
 
-    def _remember(self, states: dict[tuple[int, ...], Tensor]) -> None:
-        for ids, state in states.items():
-            self._free -= state.nbytes - (self._states[ids].nbytes if ids in self._states else 0)
-            self._states[ids] = state
-        gone: dict[tuple[int, ...], Tensor] = {}
+    def _spilled(self, key: Key) -> Kept | None:
+        found = [self._spill.get((key, place), self.base.device) for place in range(len(self._read()))]
+        states = tuple(state for state in found if state is not None)
+        return states if len(states) == len(found) else None
+
+    def _remember(self, states: dict[Key, Kept]) -> None:
+        for key, state in states.items():
+            self._free -= _bytes(state) - (_bytes(self._states[key]) if key in self._states else 0)
+            self._states[key] = state
+        gone: dict[tuple[Key, int], Tensor] = {}
         while self._free < 0 and len(self._states) > 1:
-            ids, state = self._states.popitem(last=False)
-            gone[ids] = state
-            self._free += state.nbytes
+            key, kept = self._states.popitem(last=False)
+            gone |= {(key, place): state for place, state in enumerate(kept)}
+            self._free += _bytes(kept)
         self._spill.add(gone)
 
     def _forward(
         self,
         batch: Batch,
         active: range,
-        states: Tensor | None,
+        kept: Kept | None,
         *,
         heads: Tensor | None = None,
         behind: Behind | None = None,
@@ -204,28 +223,35 @@ class Runner:
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks):
                 if index not in active:
-                    stack.enter_context(_passing(block, self._tuples[index]))
-            if states is not None:
+                    stack.enter_context(self._left_out(index, block))
+            if kept is not None:
                 hook = self.blocks[active.start].register_forward_pre_hook(
-                    partial(_swap_input, states), with_kwargs=True
+                    partial(swap_input, kept[0]), with_kwargs=True
                 )
                 stack.callback(hook.remove)
             if behind is not None:
                 place, change = behind
-                stack.callback(self.blocks[place].register_forward_hook(partial(_change_output, change)).remove)
+                stack.callback(self.blocks[place].register_forward_hook(partial(change_output, change)).remove)
             gather = stack.enter_context(logits_at(self.model, batch.rows, batch.columns, states=heads))
-            options: dict[str, Any] = {"use_cache": False, "attention_mask": batch.mask}
-            if self._takes_positions:
-                options["position_ids"] = (batch.mask.cumsum(-1) - 1).clamp(min=0)
-            return gather(self.model(batch.ids, **options).logits)
+            memory = kept[1] if kept is not None and len(kept) > 1 else None
+            return gather(self.task.logits(self.model(**self.task.inputs(batch, memory))))
+
+    def _left_out(self, index: int, block: nn.Module) -> AbstractContextManager[Any]:
+        """Have a block pass its input on; but the first of a stack whose blocks hand something on (T5's position bias)
+        runs for that, and the others hand its on."""
+        if index in self._givers:
+            return watch_output(block, self._givers[index])
+        given = next((given for first, given in sorted(self._givers.items(), reverse=True) if first < index), [])
+        return passing(block, self._extras[index], given)
 
     @torch.no_grad()
     def _verify(self) -> bool:
         """Whether replaying gives the full forward's logits on two sequences of unequal length."""
         vocabulary = self.model.get_input_embeddings().num_embeddings
         tokens = [(7 * i + 3) % min(vocabulary, 1000) for i in range(9)]
-        sequences, others = ([Encoded(tuple(t), 2), Encoded(tuple(t[2:7]), 2)] for t in (tokens, tokens[::-1]))
-        batch = make_batch(sequences, self.base.device)
+        trial = self.task.trial
+        sequences, others = ([trial(t), trial(t[2:7])] for t in (tokens, tokens[::-1]))
+        batch = self.task.batch(sequences, self.base.device)
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks):
                 stack.callback(block.register_forward_hook(partial(self._note_kind, index)).remove)
@@ -233,7 +259,7 @@ class Runner:
         try:
             prefix = self._prefix(sequences, batch, keep=False)
             # Whatever a block hands to a later one beside its output is that of other tokens by now.
-            self.full_logits(make_batch(others, self.base.device))
+            self.full_logits(self.task.batch(others, self.base.device))
             replayed = self._forward(batch, range(self.first, len(self.blocks)), prefix).float()
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
             return False
@@ -241,45 +267,11 @@ class Runner:
         return bool((full - replayed).abs().max() <= tolerance * full.abs().max().clamp(min=1e-6))
 
     def _note_kind(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
-        self._tuples[index] = isinstance(output, tuple)
+        self._extras[index] = len(output) - 1 if isinstance(output, tuple) else -1
+        first = index in (self._before(stack) for stack in self.stacks)
+        if first and isinstance(output, tuple) and any(isinstance(extra, Tensor) for extra in output[1:]):
+            self._givers[index] = []
 
 
-def _swap_input(states: Tensor, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    if args:
-        return (states, *args[1:]), kwargs
-    return args, kwargs | {"hidden_states": states}
-
-
-def _change_output(change: Callable[[Tensor], Tensor], module: nn.Module, args: Any, output: Any) -> Any:
-    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-
-@contextmanager
-def _passing(block: nn.Module, as_tuple: bool) -> Iterator[None]:
-    """Let a block return its input unchanged, in the form its own forward uses."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        states = args[0] if args else kwargs["hidden_states"]
-        return (states, None) if as_tuple else states
-
-    own = vars(block).get("forward")  # set by whoever wrapped this block before us
-    block.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del block.forward
-        else:
-            block.forward = own
-
-
-@contextmanager
-def _watch_input(block: nn.Module, seen: list[Tensor]) -> Iterator[None]:
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        seen.append((args[0] if args else kwargs["hidden_states"]).detach())
-
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _bytes(kept: Kept) -> int:
+    return sum(state.nbytes for state in kept)

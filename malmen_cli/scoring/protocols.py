@@ -3,8 +3,7 @@
 `teacher_forced`: the model's own token at every answer position, given the gold prefix.
 `greedy`: what it writes after the prompt alone, up to a stop.
 
-Every distinct question is run once. How a model is run is a runner's business (`decoder.py`); another kind of
-model is another runner and one branch of `_runner`.
+Every distinct question is run once. How a model is run is `decoder.py`'s business, how it is asked its task's.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from dataclasses import dataclass
 
 from malmen_cli.base import ranks
 from malmen_cli.base.model import Base
-from malmen_cli.base.prompts import Encoded, encode, encode_prompt
-from malmen_cli.exceptions import CheckpointError, FactsError, Problem
+from malmen_cli.base.prompts import Encoded
 from malmen_cli.facts.fact import Fact, Probe
-from malmen_cli.scoring.decoder import DecoderOnly, Forced
+from malmen_cli.scoring.decoder import Asker, Forced
 from malmen_cli.scoring.metrics import normalise
 
 GREEDY_MARGIN = 5  # tokens greedy text may run past the answer's length
@@ -82,11 +80,11 @@ def collect(
     encoded = [_encode(base, question) for question in questions]
     prompts = list(dict.fromkeys(question.prompt for question in asked)) if greedy else []
     counter = _Counter(len(questions) + len(prompts), progress)
-    runner = _runner(base, batch_size, counter.advance)
+    asker = Asker(base, batch_size, counter.advance)
     forced = [
         Forced(tuple(argmax), tuple(logprobs))
         for argmax, logprobs in ranks.spread(
-            encoded, lambda own: [(one.argmax, one.logprobs) for one in runner.teacher_forced(own)]
+            encoded, lambda own: [(one.argmax, one.logprobs) for one in asker.teacher_forced(own)]
         )
     ]
     texts: dict[Question, str] = {}
@@ -95,11 +93,11 @@ def collect(
         budgets = dict.fromkeys(prompts, 0)
         for question in asked:  # a prompt with several targets is run once, to the longest
             budgets[question.prompt] = max(budgets[question.prompt], limits[question])
-        heads = [encode_prompt(base.tokenizer, prompt) for prompt in prompts]
+        heads = [base.task.question(prompt) for prompt in prompts]
         limited = list(zip(heads, (budgets[prompt] for prompt in prompts), strict=True))
-        texts_of = ranks.spread(limited, lambda own: runner.greedy([h for h, _ in own], [b for _, b in own]))
+        texts_of = ranks.spread(limited, lambda own: asker.greedy([h for h, _ in own], [b for _, b in own]))
         written = dict(zip(prompts, texts_of, strict=True))
-        texts = {question: runner.text(written[question.prompt][: limits[question]]) for question in asked}
+        texts = {question: base.task.text(written[question.prompt][: limits[question]]) for question in asked}
     return Answers(
         {
             question: Answer(item.answer, result.argmax, result.logprobs, texts.get(question))
@@ -138,23 +136,13 @@ def neighbours(fact: Fact) -> tuple[Probe, ...]:
 
 def _encode(base: Base, question: Question) -> Encoded:
     if question.target is not None:
-        return encode(base.tokenizer, question.prompt, question.target)
-    ids = encode_prompt(base.tokenizer, question.prompt)
-    if not ids:
-        message = f"{question.prompt!r} has no tokens for this tokenizer"
-        raise FactsError([Problem("facts", None, "prompt", message)])
-    return Encoded(ids, len(ids))
+        return base.task.encode(question.prompt, question.target)
+    return base.task.question(question.prompt)
 
 
 def _limit(encoded: Encoded) -> int:
     """Most tokens of greedy text compared with this answer."""
     return (len(encoded.answer) or UNANSWERED_LENGTH) + GREEDY_MARGIN
-
-
-def _runner(base: Base, batch_size: int, advance: Callable[[int], None]) -> DecoderOnly:
-    if getattr(base.model.config, "is_encoder_decoder", False):
-        raise CheckpointError(f"{base.name}: encoder-decoder models cannot be scored yet; use a causal language model")
-    return DecoderOnly(base, batch_size, advance)
 
 
 class _Counter:

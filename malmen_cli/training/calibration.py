@@ -51,17 +51,18 @@ def preserve(editor: Editor, runner: Runner, sequences: Sequence[Encoded], batch
         group.names: torch.zeros(len(group.names), group.dk, group.dk, dtype=torch.float64, device=device)
         for group in editor.groups
     }
-    count = 0
+    counts = dict.fromkeys(moments, 0)
     own = [sequences[i] for i in ranks.share(len(sequences))]
     for keys in all_keys(runner, own, editor.names, batch_size):
-        count += len(keys[editor.names[0]])
         for group in editor.groups:
+            counts[group.names] += len(keys[group.names[0]])
             for place, name in enumerate(group.names):  # one at a time: a wide model's take gigabytes each
                 moments[group.names][place] += keys[name].mT @ keys[name]
-    total = torch.tensor(count, device=device)
-    ranks.add_up(total, *moments.values())
+    totals = {names: torch.tensor(count, device=device) for names, count in counts.items()}
+    ranks.add_up(*totals.values(), *moments.values())
     for group in editor.groups:
-        group.preserved = Preserved.of(moments[group.names] / total, rank).to(group.network.mean.device)
+        preserved = Preserved.of(moments[group.names] / totals[group.names], rank)
+        group.preserved = preserved.to(group.network.mean.device)
 
 
 def calibrate(
@@ -150,7 +151,7 @@ def _set_penalty(group: Group, rows: Captured, editor: Editor) -> None:
 def _natural_log_lr(group: Group, rows: Captured, parts: Sequence[Rows]) -> Tensor:
     """Log of the lr (m, roles) at which a row's value shift is, on average, as large as the module's output there."""
     tiny = torch.finfo(torch.float32).tiny
-    natural = []
+    natural, parts = [], group.own(parts)
     with torch.no_grad():
         pseudo_keys, pseudo_gradients = group.network.features(rows.keys, rows.gradients, rows.roles)
         agreement, push = (rows.keys * pseudo_keys).sum(-1).abs(), pseudo_gradients.norm(dim=-1)

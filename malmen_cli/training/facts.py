@@ -6,9 +6,9 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from malmen_cli.base.prompts import Encoded, encode, encode_each, encode_prompt
+from malmen_cli.base.prompts import Encoded, encode_each
+from malmen_cli.base.tasks import Task
 from malmen_cli.facts.fact import Fact
 from malmen_cli.training.settings import TrainingSettings
 
@@ -19,23 +19,21 @@ class Example:
 
     edit: Encoded
     rephrases: tuple[Encoded, ...]
-    probes: tuple[tuple[int, ...], ...]
+    probes: tuple[Encoded, ...]
 
     def wordings(self) -> tuple[Encoded, ...]:
         return (self.edit, *self.rephrases)
 
 
-def encode_examples(
-    tokenizer: Any, facts: Sequence[Fact], *, end_of_text: bool, room: int | None = None
-) -> list[Example]:
+def encode_examples(task: Task, facts: Sequence[Fact], *, end_of_text: bool, room: int | None = None) -> list[Example]:
     """Every fact's prompts as tokens. Raises FactsError naming each fact that has none, or more than `room`."""
 
     def encoded(fact: Fact) -> Example:
         edit, *rephrases = (
-            encode(tokenizer, prompt, fact.target, end_of_text=end_of_text, room=room, subject=fact.subject)
+            task.encode(prompt, fact.target, end_of_text=end_of_text, room=room, subject=fact.subject)
             for prompt in (fact.prompt, *fact.rephrases)
         )
-        probes = tuple(encode_prompt(tokenizer, probe.prompt) for probe in fact.locality)
+        probes = tuple(task.question(probe.prompt) for probe in fact.locality)
         return Example(edit, tuple(rephrases), probes)
 
     return encode_each(facts, encoded)
@@ -52,9 +50,9 @@ def cohorts(examples: Sequence[Example], size: int, seed: int) -> list[Cohort]:
     stays with the first of them.
     """
     chooser = random.Random(f"{seed}:cohorts")
-    seen: set[tuple[int, ...]] = set()
+    seen: set[Encoded] = set()
     examples = [_without(example, seen) for example in examples]
-    keyed = [(len(e.probes[0]) if e.probes else 0, chooser.random(), i) for i, e in enumerate(examples)]
+    keyed = [(e.probes[0].length if e.probes else 0, chooser.random(), i) for i, e in enumerate(examples)]
     order = [i for _, _, i in sorted(keyed)]
     groups = [tuple(examples[i] for i in order[start : start + size]) for start in range(0, len(order), size)]
     chooser.shuffle(groups)
@@ -62,7 +60,7 @@ def cohorts(examples: Sequence[Example], size: int, seed: int) -> list[Cohort]:
     return sorted(groups, key=lambda group: not any(example.probes for example in group))
 
 
-def _without(example: Example, seen: set[tuple[int, ...]]) -> Example:
+def _without(example: Example, seen: set[Encoded]) -> Example:
     """The example without the probes already seen, which then are its own."""
     probes = tuple(probe for probe in dict.fromkeys(example.probes) if probe not in seen)
     seen.update(probes)
@@ -75,7 +73,7 @@ class Draw:
 
     edits: list[Encoded]
     wordings: list[Encoded]
-    probes: list[tuple[int, ...]]
+    probes: list[Encoded]
 
 
 def draw(groups: Sequence[Cohort], settings: TrainingSettings, seed: int, step: int) -> Draw:

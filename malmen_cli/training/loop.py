@@ -157,8 +157,7 @@ class Trainer:
         references = self.references.of([p for e in self.valid for p in e.probes[:1]] or self._own_probes)
         shift, _ = self._edit([e.edit for e in self.valid])
         with applied(self.runner.model, shift):
-            ends = self.runner.base.tokenizer.eos_token_id is not None
-            end = self.editor.settings.end_of_text and ends
+            end = self.editor.settings.end_of_text and self.runner.task.ends_answers
             return validate(self.runner, self.valid, references, self.batch_size, end_of_text=end)
 
     def finish(self, note: Callable[[str], None] = lambda text: None) -> Finished:
@@ -286,15 +285,13 @@ class Trainer:
             self.best = Best(self.step, validation.rank, state)
 
     def _prompts_to_preserve(self) -> list[Encoded]:
-        prompts = [w for e in self.train for w in e.wordings()] + [
-            Encoded(p, len(p)) for e in self.train for p in e.probes
-        ]
+        prompts = [w for e in self.train for w in e.wordings()] + [p for e in self.train for p in e.probes]
         return random_sample(prompts, self.settings.preserved_prompts, self.seed)
 
 
-def own_probes(base: Base, seed: int) -> list[tuple[int, ...]]:
+def own_probes(base: Base, seed: int) -> list[Encoded]:
     """Prompts of the base's own sampled text, the locality probes of facts that bring none."""
-    return [text.ids[: text.n_prompt] for text in sampled_texts(base, seed=seed)]
+    return [text.answered(()) for text in sampled_texts(base, seed=seed)]
 
 
 def random_sample(items: Sequence[Any], size: int, seed: int) -> list[Any]:

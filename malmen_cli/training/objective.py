@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from malmen_cli.base import ranks
+from malmen_cli.base.batch import Batch
 from malmen_cli.base.families import matrix_shape
 from malmen_cli.base.memory import halving
 from malmen_cli.base.prompts import Encoded, by_length
 from malmen_cli.editing.capture import answer_counts, fact_loss, weight_gradients
-from malmen_cli.editing.replay import Batch, Runner
-from malmen_cli.scoring.decoder import DecoderOnly
+from malmen_cli.editing.replay import Runner
+from malmen_cli.scoring.decoder import Asker
 
 
 @dataclass(frozen=True)
@@ -34,35 +35,34 @@ class Reference:
 
 
 class References:
-    """The base's own answers on prompts, each computed once, always together with the same other prompts."""
+    """The base's own answers on probes, each computed once, always together with the same other probes."""
 
     def __init__(self, runner: Runner, tokens: int, batch_size: int) -> None:
         self._runner, self._tokens = runner, tokens
-        self._decoder = DecoderOnly(runner.base, batch_size, lambda count: None)
-        self._known: dict[tuple[int, ...], Reference] = {}
-        self._company: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {}
+        self._asker = Asker(runner.base, batch_size, lambda count: None)
+        self._known: dict[Encoded, Reference] = {}
+        self._company: dict[Encoded, tuple[Encoded, ...]] = {}
 
-    def keep_company(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        """Have the base's answers on these prompts computed together (see Runner.keep_company)."""
-        company = tuple(dict.fromkeys(ids for ids in prompts if ids not in self._company))
+    def keep_company(self, probes: Sequence[Encoded]) -> None:
+        """Have the base's answers on these probes computed together (see Runner.keep_company)."""
+        company = tuple(dict.fromkeys(probe for probe in probes if probe not in self._company))
         self._company |= dict.fromkeys(company, company)
 
-    def of(self, prompts: Sequence[tuple[int, ...]]) -> list[Reference]:
-        """References of prompts (token ids). The base must be unedited while this runs."""
-        self.keep_company(prompts)
-        for ids in prompts:
-            if ids not in self._known:
-                self._compute(self._company[ids])
-        return [self._known[ids] for ids in prompts]
+    def of(self, probes: Sequence[Encoded]) -> list[Reference]:
+        """References of probes, which are questions. The base must be unedited while this runs."""
+        self.keep_company(probes)
+        for probe in probes:
+            if probe not in self._known:
+                self._compute(self._company[probe])
+        return [self._known[probe] for probe in probes]
 
-    def _compute(self, company: Sequence[tuple[int, ...]]) -> None:
-        texts = self._decoder.greedy(company, [self._tokens] * len(company))
-        # One token behind the text is kept too: whether the text ends there is part of what the base says.
-        end = self._runner.base.tokenizer.eos_token_id or 0
-        sequences = [Encoded((*ids, *text, end), len(ids)) for ids, text in zip(company, texts, strict=True)]
+    def _compute(self, company: Sequence[Encoded]) -> None:
+        texts = self._asker.greedy(company, [self._tokens] * len(company))
+        behind = self._runner.task.behind
+        sequences = [probe.answered((*text, *behind)) for probe, text in zip(company, texts, strict=True)]
         self._runner.keep_company(sequences)
-        for ids, sequence, heads in zip(company, sequences, self._runner.heads(sequences), strict=True):
-            self._known[ids] = Reference(sequence, heads.clone())
+        for probe, sequence, heads in zip(company, sequences, self._runner.heads(sequences), strict=True):
+            self._known[probe] = Reference(sequence, heads.clone())
 
 
 def divergence(runner: Runner, references: Sequence[Reference], logits: Tensor, batch: Batch) -> Tensor:
@@ -112,7 +112,7 @@ def meta_loss(
             with torch.no_grad():
                 return float(loss_of(indices)(*runner.logits(part))), {}
 
-        for places in by_length([len(sequences[i].ids) for i in own], batch_size):
+        for places in by_length([sequences[i].length for i in own], batch_size):
             for value, found in halving([own[place] for place in places], batch):
                 loss += value
                 for name, gradient in found.items():

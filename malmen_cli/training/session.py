@@ -156,7 +156,7 @@ def describe(base: Base, order: Order, trainer: Trainer, finished: Finished) -> 
     for score in scores:
         del score["seconds"]  # the same training has the same bytes
     return {
-        "base": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint},
+        "base": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint} | base.task.record(),
         "method": order.spec.method,
         "settings": asdict(replace(order.spec.settings, rounds=order.spec.settings.passes)),  # not a later default
         "training": asdict(order.training)
@@ -190,7 +190,7 @@ def _trainer(base: Base, order: Order, memory: int | None, note: Callable[[str],
     if not runner.replaying and runner.first > 0:
         note("this model's blocks cannot be replayed; every step runs all of them")
     train, valid = (
-        encode_examples(base.tokenizer, facts, end_of_text=settings.end_of_text, room=base.room)
+        encode_examples(base.task, facts, end_of_text=settings.end_of_text, room=base.room)
         for facts in (order.train, order.valid)
     )
     return Trainer(runner, editor, train, valid, order.training, seed=order.seed, batch_size=order.batch_size)

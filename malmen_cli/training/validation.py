@@ -65,7 +65,9 @@ def validate(
     said = [runner.logits_of(r.heads).argmax(-1) for r in references]
     ls = _hits(runner, [r.sequence for r in references], batch_size, said)
     answers = {"whole": True, "last": not end_of_text}
-    return Validation(*_shares(es, **answers), *_shares(gs, **answers), *_shares(ls, whole=False))
+    # The last label of a reference is what stands behind the base's text, where anything does.
+    kept = {"whole": False, "last": not runner.task.behind}
+    return Validation(*_shares(es, **answers), *_shares(gs, **answers), *_shares(ls, **kept))
 
 
 def _hits(
@@ -83,7 +85,7 @@ def _own_hits(
     expected: Sequence[torch.Tensor] | None,
 ) -> list[list[bool]]:
     hits: dict[int, list[bool]] = {i: [] for i in own}
-    for places in by_length([len(sequences[i].ids) for i in own], batch_size):
+    for places in by_length([sequences[i].length for i in own], batch_size):
         indices = [own[place] for place in places]
         with torch.no_grad():
             logits, batch = runner.logits([sequences[i] for i in indices])

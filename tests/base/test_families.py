@@ -159,7 +159,7 @@ def test_the_width_falls_back_to_the_embeddings() -> None:
 
 @pytest.mark.parametrize("depth", [4, 0])
 def test_no_list_of_the_model_s_depth(depth: int) -> None:
-    with pytest.raises(SpecError, match=f"no list of {depth} transformer blocks in a Module; only decoder-only"):
+    with pytest.raises(SpecError, match=f"no list of {depth} transformer blocks in a Module; it cannot be edited"):
         block_list(toy([Block(down=nn.Linear(16, 8)) for _ in range(3)], depth=depth))
 
 

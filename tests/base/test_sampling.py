@@ -22,7 +22,7 @@ def base(tiny_gpt2: Path) -> Base:
 
 def written_without_cache(base: Base, starts: list[tuple[int, ...]], length: int, generator: torch.Generator) -> list:
     """Every token from a full forward over all before it."""
-    texts = torch.tensor(starts)
+    texts = torch.tensor([start.ids for start in starts])
     with torch.no_grad():
         while texts.shape[1] < length:
             odds = base.model(texts, use_cache=False).logits[:, -1].softmax(-1)
@@ -37,7 +37,7 @@ def test_cached_sampling_is_uncached_sampling(tiny_model_factory: Callable[..., 
     for seed, count, tokens in ((0, 32, TOKENS), (3, 5, 40), (1, WINDOWS_AT_ONCE + 3, 2)):
         generator = torch.Generator().manual_seed(seed)
         starts = random_starts(base, count, generator)
-        expected = written_without_cache(base, starts, len(starts[0]) + tokens, generator)
+        expected = written_without_cache(base, starts, len(starts[0].ids) + tokens, generator)
         assert [text.ids for text in sampled_texts(base, count, tokens, seed=seed)] == expected
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from malmen_cli.base.batch import make_batch
 from malmen_cli.base.families import default_modules
 from malmen_cli.base.memory import halving
 from malmen_cli.base.model import Base
@@ -32,7 +33,7 @@ from malmen_cli.editing.capture import (
     watching,
     weight_gradients,
 )
-from malmen_cli.editing.replay import Runner, make_batch
+from malmen_cli.editing.replay import Runner
 from malmen_cli.exceptions import MemoryLimitError, NumericsError
 
 TOKENS = tuple(ROLES)

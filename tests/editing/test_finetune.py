@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 import malmen_cli.editing.methods.finetune as finetune_module
+from malmen_cli.base.batch import make_batch
 from malmen_cli.base.families import block_index, default_modules
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded, encode
 from malmen_cli.editing.capture import fact_loss
 from malmen_cli.editing.methods.finetune import Finetune, tuned_module
-from malmen_cli.editing.replay import Runner, make_batch
+from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import FinetuneSettings, from_mapping
 from malmen_cli.editing.shift import Shift, applied
 from malmen_cli.exceptions import NumericsError, SpecError

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import malmen_cli.editing.methods.memit as memit_module
+from malmen_cli.base.batch import make_batch
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.base.sampling import sampled_windows
@@ -18,7 +19,7 @@ from malmen_cli.editing.capture import all_keys, fact_loss
 from malmen_cli.editing.constraints import FLOOR, Chain, Ridge, penalty
 from malmen_cli.editing.methods.memit import Memit, _keys, memit_modules, written_blocks
 from malmen_cli.editing.moments import Statistics, second_moments
-from malmen_cli.editing.replay import Runner, make_batch
+from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import MemitSettings, from_mapping
 from malmen_cli.editing.shift import IN_OUT, ModuleShift, Shift, applied
 from malmen_cli.editing.targets import Wordings, find_targets, wordings_of

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from malmen_cli.base.batch import Batch, make_batch
 from malmen_cli.base.families import default_modules
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing.capture import edit_rows
-from malmen_cli.editing.replay import Batch, Runner, make_batch
+from malmen_cli.editing.replay import Runner
 
 FAMILIES = ("gpt2", "gptj", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma", "phi")
 CPU = torch.device("cpu")
@@ -201,7 +202,7 @@ def test_replay_in_half_precision(load: Callable, dtype: str) -> None:
 
 
 def states_of(runner: Runner) -> dict[tuple[int, ...], Tensor]:
-    return dict(runner._states)
+    return {ids: state for (_, ids), (state,) in runner._states.items()}
 
 
 def test_kept_states_are_bounded_and_the_oldest_go_first(load: Callable) -> None:

@@ -13,7 +13,7 @@ import torch
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded, encode, encode_prompt
 from malmen_cli.exceptions import FactsError, MemoryLimitError, NumericsError
-from malmen_cli.scoring.decoder import DecoderOnly, logits_at
+from malmen_cli.scoring.decoder import Asker, logits_at
 
 QUESTIONS = [
     ("The capital of Australia is", "Canberra"),
@@ -29,27 +29,32 @@ QUESTIONS = [
 KINDS = ["gpt2", "llama", "softcapped"]
 
 
-def ask(base: Base, batch_size: int = 8, advance: Callable[[int], None] = lambda count: None) -> DecoderOnly:
-    return DecoderOnly(base, batch_size, advance)
+def ask(base: Base, batch_size: int = 8, advance: Callable[[int], None] = lambda count: None) -> Asker:
+    return Asker(base, batch_size, advance)
 
 
 def encoded(base: Base) -> list[Encoded]:
     return [encode(base.tokenizer, prompt, target) for prompt, target in QUESTIONS]
 
 
-def heads(base: Base) -> list[tuple[int, ...]]:
-    return [encode_prompt(base.tokenizer, prompt) for prompt, _ in QUESTIONS]
+def heads(base: Base) -> list[Encoded]:
+    return [base.task.question(prompt) for prompt, _ in QUESTIONS]
 
 
-def plain_greedy(model: Any, prompt: tuple[int, ...], budget: int, ends: set[int]) -> tuple[int, ...]:
+def bare(*ids: int) -> Encoded:
+    """A question of these tokens."""
+    return Encoded(ids, len(ids))
+
+
+def plain_greedy(model: Any, prompt: Encoded, budget: int, ends: set[int]) -> tuple[int, ...]:
     """One prompt, one whole forward a token: the definition."""
-    ids = list(prompt)
+    ids = list(prompt.ids)
     for _ in range(budget):
         token = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
         if token in ends:
             break
         ids.append(token)
-    return tuple(ids[len(prompt) :])
+    return tuple(ids[len(prompt.ids) :])
 
 
 @pytest.fixture(params=KINDS)
@@ -114,7 +119,7 @@ def test_same_length_prompts_share_batches_and_leave_them(opened: Any, tiny_gpt2
     )
     ends = ask(base)
     ends._ends, ends._newlines = frozenset(), dict.fromkeys(range(len(base.tokenizer)), False)
-    ends.greedy([(5, 6, 7), (8, 9, 10), (11, 12, 13)], [1, 3, 2])
+    ends.greedy([bare(5, 6, 7), bare(8, 9, 10), bare(11, 12, 13)], [1, 3, 2])
     assert widths == [(3, 3), (2, 1), (1, 1)]
 
 
@@ -214,8 +219,7 @@ CHAIN = {"a": "b", "b": "c", "c": "d", "d": "e", "e": "f", "f": "g", "g": "<end>
 
 
 def say(base: Base, prompt: str, budget: int) -> str:
-    runner = ask(base)
-    return runner.text(runner.greedy([encode_prompt(base.tokenizer, prompt)], [budget])[0])
+    return base.task.text(ask(base).greedy([base.task.question(prompt)], [budget])[0])
 
 
 @pytest.mark.parametrize(
@@ -236,14 +240,14 @@ def test_greedy_stops(dictated: Any, follows: dict[str, str], prompt: str, budge
 
 def test_rows_of_one_batch_stop_on_their_own(dictated: Any) -> None:
     base = dictated(CHAIN | {"x": "\n"})
-    prompts = [encode_prompt(base.tokenizer, prompt) for prompt in ("y e", "y a", "y b", "y x")]
-    runner = ask(base)
-    assert [runner.text(row) for row in runner.greedy(prompts, [9, 2, 4, 9])] == ["f g", "b c", "c d e f", ""]
+    prompts = [base.task.question(prompt) for prompt in ("y e", "y a", "y b", "y x")]
+    found = ask(base).greedy(prompts, [9, 2, 4, 9])
+    assert [base.task.text(row) for row in found] == ["f g", "b c", "c d e f", ""]
 
 
 def test_the_loop_ends_when_every_row_has(dictated: Any) -> None:
     base = dictated(CHAIN)
-    ask(base).greedy([encode_prompt(base.tokenizer, prompt) for prompt in ("y f", "y g")], [50, 50])
+    ask(base).greedy([base.task.question(prompt) for prompt in ("y f", "y g")], [50, 50])
     assert base.model.batches == [(2, 2), (1, 3)]  # no cache here: the text so far is read again
 
 
@@ -273,7 +277,7 @@ def test_a_prompt_longer_than_the_context_is_refused(dictated: Any) -> None:
     base.model.config.get_text_config = lambda: SimpleNamespace(eos_token_id=None, max_position_embeddings=4)
     ids = encode_prompt(base.tokenizer, "a a a a")
     with pytest.raises(FactsError, match="reads at most 4"):
-        ask(base).greedy([ids], [3])
+        ask(base).greedy([bare(*ids)], [3])
     with pytest.raises(FactsError, match="5 tokens with its answer"):
         ask(base).teacher_forced([Encoded((*ids, 3), 4)])
 
@@ -282,7 +286,7 @@ def test_advance_counts_every_sequence(dictated: Any) -> None:
     base, counts = dictated(CHAIN), []
     runner = ask(base, 2, counts.append)
     runner.teacher_forced([Encoded((3, 4), 1)] * 5)
-    runner.greedy([(3,), (3, 4), (4,)], [1, 1, 1])
+    runner.greedy([bare(3), bare(3, 4), bare(4)], [1, 1, 1])
     assert counts == [2, 2, 1, 1, 2]
 
 
@@ -295,7 +299,7 @@ def test_logits_that_are_not_finite_are_refused(dictated: Any) -> None:
     base.model.head.register_forward_hook(
         lambda _, given, logits: logits.masked_fill(given[0][..., 4:5] == 1, torch.nan)
     )
-    sequences, prompts = [Encoded((3, 5, 6), 2), Encoded((3, 4, 5), 2)], [(3, 5), (3, 4)]
+    sequences, prompts = [Encoded((3, 5, 6), 2), Encoded((3, 4, 5), 2)], [bare(3, 5), bare(3, 4)]
     for run in (lambda: ask(base).teacher_forced(sequences), lambda: ask(base).greedy(prompts, [1, 1])):
         with pytest.raises(NumericsError, match="after 'a b' are not finite"):
             run()
@@ -321,7 +325,7 @@ def out_of_memory_above(base: Base, rows: int, error: Exception) -> None:
     ],
 )
 def test_out_of_memory_halves_the_batch(dictated: Any, error: Exception) -> None:
-    prompts, sequences = [(3,), (4,), (5,), (6,), (7,)], [Encoded((3, 4, 5), 1), Encoded((4, 5), 1)] * 3
+    prompts, sequences = [bare(i) for i in range(3, 8)], [Encoded((3, 4, 5), 1), Encoded((4, 5), 1)] * 3
     base = dictated(CHAIN)
     wanted = ask(base).teacher_forced(sequences), ask(base).greedy(prompts, [3] * 5)
     out_of_memory_above(base, 1, error)
@@ -339,4 +343,4 @@ def test_other_errors_pass_unchanged(dictated: Any) -> None:
     base = dictated(CHAIN)
     out_of_memory_above(base, 0, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        ask(base).greedy([(3,)], [1])
+        ask(base).greedy([bare(3)], [1])

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from malmen_cli.base.model import Base
-from malmen_cli.exceptions import CheckpointError, FactsError
+from malmen_cli.exceptions import FactsError
 from malmen_cli.facts.fact import Fact, Probe
 from malmen_cli.scoring.protocols import Question, asked_of, collect, compared_for, neighbours
 
@@ -157,13 +156,6 @@ def test_no_facts_no_answers(dictated: Dictate) -> None:
 def test_a_probe_without_tokens_is_refused(dictated: Dictate) -> None:
     with pytest.raises(FactsError, match="has no tokens"):
         collect(dictated(CHAIN), [Fact("one", "a", "b", locality=(Probe("  "),))], batch_size=4)
-
-
-def test_other_kinds_of_model_are_refused(dictated: Dictate) -> None:
-    base = dictated(CHAIN)
-    base.model.config = SimpleNamespace(is_encoder_decoder=True)
-    with pytest.raises(CheckpointError, match="encoder-decoder"):
-        collect(base, [FACT], batch_size=4)
 
 
 def test_a_tiny_checkpoint_end_to_end(opened: Any, tiny_gpt2: Path, fact_records: list[dict[str, Any]]) -> None:

@@ -71,7 +71,7 @@ def make_trainer(tiny_base: Base) -> Callable[..., Trainer]:
     ) -> Trainer:
         editor = Editor.fresh(tiny_base.model, MalmenSettings(**SMALL | (settings or {})))
         runner = Runner(tiny_base, min(block_index(tiny_base.model, name) for name in editor.names))
-        parts = (encode_examples(tiny_base.tokenizer, some, end_of_text=True) for some in (facts, valid))
+        parts = (encode_examples(tiny_base.task, some, end_of_text=True) for some in (facts, valid))
         return Trainer(runner, editor, *parts, TrainingSettings(**SHORT | training), batch_size=8)
 
     return build
@@ -164,7 +164,7 @@ def town_trainer(town: Town) -> Callable[..., Trainer]:
         settings = MalmenSettings(last_blocks=2, rank=32, preserved_rank=64, preserved_weight=100.0)
         editor = Editor.fresh(town.base.model, settings)
         runner = Runner(town.base, min(block_index(town.base.model, name) for name in editor.names))
-        parts = (encode_examples(town.base.tokenizer, some, end_of_text=True) for some in (town.train, town.valid))
+        parts = (encode_examples(town.base.task, some, end_of_text=True) for some in (town.train, town.valid))
         chosen = {"facts_per_step": (6,), "meta_facts": 6, "calibration_facts": 6, "continuation": 2, "warmup": 5}
         chosen |= {"meta_lr": 3e-3, "validate_every": 1000, "valid_facts": 30}
         return Trainer(runner, editor, *parts, TrainingSettings(**chosen | training), batch_size=64)

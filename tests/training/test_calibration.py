@@ -46,7 +46,7 @@ def setup(tiny_base: Base, make_facts: Callable[..., list[Fact]]) -> MakeSetup:
     def build(facts: int = 8, **settings: Any) -> Setup:
         chosen = {"last_blocks": 2, "rank": 4, "preserved_rank": 6} | settings
         editor = Editor.fresh(tiny_base.model, MalmenSettings(**chosen))
-        examples = encode_examples(tiny_base.tokenizer, make_facts(facts), end_of_text=True)
+        examples = encode_examples(tiny_base.task, make_facts(facts), end_of_text=True)
         return editor, Runner(tiny_base), examples
 
     return build

@@ -18,7 +18,7 @@ from malmen_cli.training.settings import TrainingSettings
 
 def example(number: int, *, rephrases: int = 1, probes: tuple[tuple[int, ...], ...] | None = None) -> Example:
     """Tokens say which fact they are of."""
-    own = ((number, 7, 7),) if probes is None else probes
+    own = tuple(Encoded(ids, len(ids)) for ids in (((number, 7, 7),) if probes is None else probes))
     return Example(Encoded((number, 1, 2), 2), tuple(Encoded((number, 3 + i, 2), 2) for i in range(rephrases)), own)
 
 
@@ -33,7 +33,7 @@ def drawn(groups: list[Cohort], chosen: TrainingSettings, step: int = 0, seed: i
 def test_examples_are_the_facts_in_tokens(tiny_base: Base, make_facts: Callable[..., list[Fact]]) -> None:
     facts = make_facts(4)
     tokenizer = tiny_base.tokenizer
-    found = encode_examples(tokenizer, facts, end_of_text=True)
+    found = encode_examples(tiny_base.task, facts, end_of_text=True)
     for one, fact in zip(found, facts, strict=True):
         assert one.edit == encode(tokenizer, fact.prompt, fact.target, end_of_text=True, subject=fact.subject)
         assert fact.subject is not None
@@ -43,7 +43,8 @@ def test_examples_are_the_facts_in_tokens(tiny_base: Base, make_facts: Callable[
             assert prompt.startswith(tokenizer.decode(wording.ids[: wording.subject + 1]))
         assert one.edit.answer[-1] == tokenizer.eos_token_id
         assert [r.answer for r in one.rephrases] == [one.edit.answer] * len(fact.rephrases)
-        assert one.probes == tuple(encode_prompt(tokenizer, probe.prompt) for probe in fact.locality)
+        assert [p.ids for p in one.probes] == [encode_prompt(tokenizer, probe.prompt) for probe in fact.locality]
+        assert all(p.answer == () for p in one.probes)
         assert one.wordings() == (one.edit, *one.rephrases)
 
 
@@ -54,7 +55,7 @@ def test_every_fact_that_is_too_long_is_named_by_whichever_wording(
     facts[1] = replace(facts[1], prompt=facts[1].prompt + " far" * 40)
     facts[3] = replace(facts[3], rephrases=("far " * 40,))
     with pytest.raises(FactsError) as raised:
-        encode_examples(tiny_base.tokenizer, facts, end_of_text=True, room=30)
+        encode_examples(tiny_base.task, facts, end_of_text=True, room=30)
     assert [problem.file for problem in raised.value.problems] == [f"fact {facts[1].id}", f"fact {facts[3].id}"]
 
 
@@ -73,14 +74,14 @@ def test_cohorts_are_the_same_for_the_same_seed_and_alike_in_length() -> None:
     groups = cohorts(examples, 8, seed=1)
     assert groups == cohorts(examples, 8, seed=1)
     assert groups != cohorts(examples, 8, seed=2)
-    spreads = [max(len(e.probes[0]) for e in g) - min(len(e.probes[0]) for e in g) for g in groups]
+    spreads = [max(e.probes[0].length for e in g) - min(e.probes[0].length for e in g) for g in groups]
     assert sum(spreads) <= max(lengths)  # eight neighbours in a sorted list, eight times
 
 
 def test_a_shared_probe_stays_with_the_first_fact() -> None:
     shared, own = (5, 5), (6, 6)
     examples = [example(0, probes=(shared, shared)), example(1, probes=(shared, own)), example(2, probes=(own,))]
-    found = {e.edit.ids[0]: e.probes for group in cohorts(examples, 2, seed=0) for e in group}
+    found = {e.edit.ids[0]: tuple(p.ids for p in e.probes) for group in cohorts(examples, 2, seed=0) for e in group}
     assert found == {0: (shared,), 1: (own,), 2: ()}
 
 
@@ -107,7 +108,7 @@ def test_a_draw_edits_whole_cohorts_and_judges_facts_that_it_edits() -> None:
         assert all(m <= edited or not m & edited for m in members)
         assert len(found.wordings) == 8
         assert {w.ids[0] for w in found.wordings} <= edited
-        assert {p[0] for p in found.probes} == {w.ids[0] for w in found.wordings}
+        assert {p.ids[0] for p in found.probes} == {w.ids[0] for w in found.wordings}
 
 
 def test_every_wording_and_both_ends_of_the_sizes_come_up() -> None:

@@ -143,7 +143,7 @@ def test_the_best_is_kept_as_it_was(trainer: Trainer) -> None:
 def test_validation_is_of_the_first_valid_facts(make_trainer: MakeTrainer, make_facts: MakeFacts) -> None:
     facts = make_facts(16)
     trainer = make_trainer(facts[:8], facts[8:], valid_facts=3)
-    expected = encode_examples(trainer.runner.base.tokenizer, facts[8:11], end_of_text=True)
+    expected = encode_examples(trainer.runner.base.task, facts[8:11], end_of_text=True)
     assert trainer.valid == expected
 
 
@@ -655,7 +655,7 @@ def test_calibration_prefers_facts_that_have_probes(
         Fact(f.id, f.prompt, f.target, locality=facts[0].locality if i > 4 else f.locality) for i, f in enumerate(facts)
     ]
     trainer = make_trainer(shared[:20], shared[20:], calibration_facts=4)
-    own = {probe for group in trainer.cohorts for example in group for probe in example.probes}
+    own = {probe.ids for group in trainer.cohorts for example in group for probe in example.probes}
     seen: dict[str, Any] = {}
     monkeypatch.setattr(loop_module, "calibrate", lambda *given, **options: seen.update(references=given[4]))
     trainer.prepare()

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from malmen_cli.base.batch import make_batch
 from malmen_cli.base.model import Base
-from malmen_cli.base.prompts import encode_prompt
-from malmen_cli.editing.replay import Runner, make_batch
+from malmen_cli.base.prompts import Encoded
+from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.shift import IN_OUT, ModuleShift, Shift, applied
 from malmen_cli.exceptions import MemoryLimitError
 from malmen_cli.facts.fact import Fact
@@ -24,8 +25,8 @@ MakeFacts = Callable[..., list[Fact]]
 
 
 @pytest.fixture
-def prompts(tiny_base: Base, make_facts: MakeFacts) -> list[tuple[int, ...]]:
-    return [encode_prompt(tiny_base.tokenizer, fact.locality[0].prompt) for fact in make_facts(12)]
+def prompts(tiny_base: Base, make_facts: MakeFacts) -> list[Encoded]:
+    return [tiny_base.task.question(fact.locality[0].prompt) for fact in make_facts(12)]
 
 
 def some_shift(size: float = 0.3) -> Shift:
@@ -36,63 +37,61 @@ def some_shift(size: float = 0.3) -> Shift:
 # ---------------------------------------------------------------- what the base says
 
 
-def test_a_reference_is_the_base_s_own_greedy_text_and_one_token_more(
-    tiny_base: Base, prompts: list[tuple[int, ...]]
-) -> None:
+def test_a_reference_is_the_base_s_own_greedy_text_and_one_token_more(tiny_base: Base, prompts: list[Encoded]) -> None:
     runner = Runner(tiny_base, 1)
-    for ids, found in zip(prompts, References(runner, 3, 4).of(prompts), strict=True):
-        assert found.sequence.ids[: found.sequence.n_prompt] == ids
+    for prompt, found in zip(prompts, References(runner, 3, 4).of(prompts), strict=True):
+        assert found.sequence.ids[: found.sequence.n_prompt] == prompt.ids
         assert found.sequence.ids[-1] == tiny_base.tokenizer.eos_token_id
         text = found.sequence.answer[:-1]
         assert len(text) <= 3
         with torch.no_grad():
             logits = tiny_base.model(torch.tensor([found.sequence.ids])).logits[0]
-        assert tuple(logits.argmax(-1)[len(ids) - 1 : -2].tolist()) == text
+        assert tuple(logits.argmax(-1)[len(prompt.ids) - 1 : -2].tolist()) == text
         assert found.heads.shape == (len(text) + 1, 32)
-        torch.testing.assert_close(runner.logits_of(found.heads), logits[len(ids) - 1 : -1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            runner.logits_of(found.heads), logits[len(prompt.ids) - 1 : -1], rtol=1e-4, atol=1e-4
+        )
 
 
-def test_each_probe_is_computed_once(
-    tiny_base: Base, prompts: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_probe_is_computed_once(tiny_base: Base, prompts: list[Encoded], monkeypatch: pytest.MonkeyPatch) -> None:
     references = References(Runner(tiny_base, 1), 2, 4)
-    asked: list[tuple[int, ...]] = []
-    greedy = references._decoder.greedy
+    asked: list[Encoded] = []
+    greedy = references._asker.greedy
 
     def spy(company: Any, budgets: Any) -> Any:
         asked.extend(company)
         return greedy(company, budgets)
 
-    monkeypatch.setattr(references._decoder, "greedy", spy)
+    monkeypatch.setattr(references._asker, "greedy", spy)
     references.keep_company(prompts[:6])
     first = references.of(prompts[:3])
     again = references.of([*prompts, *prompts[::-1]])
-    assert sorted(asked) == sorted(prompts)
+    assert sorted(asked, key=prompts.index) == prompts
     assert all(one is other for one, other in zip(first, again[:3], strict=True))
 
 
 @pytest.mark.parametrize("order", list(itertools.islice(itertools.permutations(range(4)), 0, 24, 5)))
 def test_what_the_base_says_does_not_depend_on_who_is_asked_first(
-    tiny_base: Base, prompts: list[tuple[int, ...]], order: tuple[int, ...]
+    tiny_base: Base, prompts: list[Encoded], order: tuple[int, ...]
 ) -> None:
     """Bitwise: company is fixed, so that a resumed training sees the same references."""
 
-    def heads(sequence: tuple[int, ...]) -> dict[tuple[int, ...], torch.Tensor]:
+    def heads(sequence: tuple[int, ...]) -> dict[Encoded, torch.Tensor]:
         references = References(Runner(tiny_base, 1), 2, 16)
         for start in range(0, 12, 3):
             references.keep_company(prompts[start : start + 3])
         return {prompts[3 * i]: references.of([prompts[3 * i]])[0].heads for i in sequence}
 
-    for ids, expected in heads((0, 1, 2, 3)).items():
-        assert torch.equal(heads(order)[ids], expected)
+    for prompt, expected in heads((0, 1, 2, 3)).items():
+        assert torch.equal(heads(order)[prompt], expected)
 
 
 # ---------------------------------------------------------------- the loss
 
 
-def test_the_loss_by_hand(tiny_base: Base, make_facts: MakeFacts, prompts: list[tuple[int, ...]]) -> None:
+def test_the_loss_by_hand(tiny_base: Base, make_facts: MakeFacts, prompts: list[Encoded]) -> None:
     runner = Runner(tiny_base, 1)
-    wordings = [w for e in encode_examples(tiny_base.tokenizer, make_facts(6), end_of_text=True) for w in e.wordings()]
+    wordings = [w for e in encode_examples(tiny_base.task, make_facts(6), end_of_text=True) for w in e.wordings()]
     references = References(runner, 3, 4).of(prompts)
     with torch.no_grad():
         before = [runner.full_logits(make_batch([r.sequence], tiny_base.device)) for r in references]
@@ -115,7 +114,7 @@ def test_the_loss_by_hand(tiny_base: Base, make_facts: MakeFacts, prompts: list[
     assert found.gradients == {}
 
 
-def test_an_unedited_model_has_not_moved(tiny_base: Base, prompts: list[tuple[int, ...]]) -> None:
+def test_an_unedited_model_has_not_moved(tiny_base: Base, prompts: list[Encoded]) -> None:
     runner = Runner(tiny_base, 1)
     references = References(runner, 3, 4).of(prompts)
     found = meta_loss(runner, [], references, [MODULE], locality_weight=1.0, batch_size=5)
@@ -126,10 +125,10 @@ def test_an_unedited_model_has_not_moved(tiny_base: Base, prompts: list[tuple[in
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_gradients_are_those_of_the_weighted_loss(
-    tiny_base: Base, make_facts: MakeFacts, prompts: list[tuple[int, ...]], batch_size: int
+    tiny_base: Base, make_facts: MakeFacts, prompts: list[Encoded], batch_size: int
 ) -> None:
     runner = Runner(tiny_base, 1)
-    wordings = [e.edit for e in encode_examples(tiny_base.tokenizer, make_facts(6), end_of_text=True)]
+    wordings = [e.edit for e in encode_examples(tiny_base.task, make_facts(6), end_of_text=True)]
     references = References(runner, 3, 4).of(prompts[:5])
     weight = tiny_base.model.get_submodule(MODULE).weight
     with applied(tiny_base.model, some_shift()):
@@ -163,7 +162,7 @@ def test_batches_are_halved_where_memory_runs_out(
     """T26 for the meta-loss: room for three sequences gives what room for all gives; none is said."""
     runner, room = Runner(tiny_base), 99
     references = References(runner, 2, 4).of(prompts)
-    wordings = [e.rephrases[0] for e in encode_examples(tiny_base.tokenizer, make_facts(9), end_of_text=True)]
+    wordings = [e.rephrases[0] for e in encode_examples(tiny_base.task, make_facts(9), end_of_text=True)]
     options: dict[str, Any] = {"locality_weight": 2.0, "batch_size": 8, "gradients": gradients}
     logits = runner.logits
 

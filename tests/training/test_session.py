@@ -140,7 +140,7 @@ def test_the_scores_are_those_of_the_editor_as_saved(tiny_base: Base, order: Ord
     }  # fmt: skip
     editor = Editor.restored(tiny_base.model, SETTINGS, tensors)
     runner = Runner(tiny_base, min(block_index(tiny_base.model, name) for name in editor.names))
-    parts = (encode_examples(tiny_base.tokenizer, facts, end_of_text=True) for facts in (order.train, order.valid))
+    parts = (encode_examples(tiny_base.task, facts, end_of_text=True) for facts in (order.train, order.valid))
     found = Trainer(runner, editor, *parts, TRAINING, batch_size=order.batch_size).validate()
     assert asdict(found) == said["scores"]["saved"]
     assert found.score == said["scores"]["score"]

@@ -62,7 +62,7 @@ def test_score_is_the_harmonic_mean_and_zero_where_one_is() -> None:
 
 
 def test_the_unedited_model_keeps_what_it_says(tiny_base: Base, make_facts: Callable[..., list[Fact]]) -> None:
-    examples = encode_examples(tiny_base.tokenizer, make_facts(12), end_of_text=True)
+    examples = encode_examples(tiny_base.task, make_facts(12), end_of_text=True)
     runner = Runner(tiny_base, 1)
     references = References(runner, 4, 5).of([probe for example in examples for probe in example.probes])
     found = validate(runner, examples, references, 5)
@@ -71,7 +71,7 @@ def test_the_unedited_model_keeps_what_it_says(tiny_base: Base, make_facts: Call
 
 
 def test_another_model_does_not(tiny_base: Base, make_facts: Callable[..., list[Fact]]) -> None:
-    examples = encode_examples(tiny_base.tokenizer, make_facts(12), end_of_text=True)
+    examples = encode_examples(tiny_base.task, make_facts(12), end_of_text=True)
     runner = Runner(tiny_base)
     references = References(runner, 4, 5).of([probe for example in examples for probe in example.probes])
     weight = tiny_base.model.transformer.h[1].mlp.c_proj.weight
@@ -95,7 +95,7 @@ def test_agrees_with_eval_on_a_base_that_knows_its_answers(town) -> None:
     facts += [Fact("known", f.locality[0].prompt, str(f.locality[0].target)) for f in town.train[:1]]
     base = town.base
     runner = Runner(base, 2)
-    examples = encode_examples(base.tokenizer, facts, end_of_text=True)
+    examples = encode_examples(base.task, facts, end_of_text=True)
     references = References(runner, 2, 16).of([probe for example in examples for probe in example.probes])
     found = validate(runner, examples, references, 16)
     answers = collect(base, facts, batch_size=16)

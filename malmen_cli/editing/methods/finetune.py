@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malmen_cli.base.families import block_list, chosen_modules, default_modules, matrix_shape
+from malmen_cli.base.families import chosen_modules, matrix_shape, second_matrix, stacks
 from malmen_cli.base.memory import halving
 from malmen_cli.base.prompts import Encoded, by_length
 from malmen_cli.editing.capture import fact_loss, weight_gradients
@@ -35,11 +35,12 @@ def tuned_module(model: Any, settings: FinetuneSettings) -> str:
         if len(names) > 1:
             raise SpecError(f"modules: finetune changes one matrix, but {len(names)} match; for example {names[-1]}")
         return names[0]
-    depth = len(block_list(model)[1])
+    stack = stacks(model)[-1]  # the one that answers
+    depth = len(stack.blocks)
     block = depth * DEPTH[0] // DEPTH[1] if settings.block is None else settings.block
     if block >= depth:
         raise SpecError(f"block: the model has blocks 0 to {depth - 1}, not {block}")
-    return default_modules(model, depth - block)[0]
+    return second_matrix(model, stack, block)
 
 
 class Finetune:
@@ -72,7 +73,7 @@ class Finetune:
         matrix = torch.zeros(shape, dtype=torch.float32, device=device, requires_grad=True)  # S, all that is tuned
         adam = torch.optim.AdamW([matrix], lr=self.settings.lr, weight_decay=self.settings.weight_decay)
         bound = self._bound(leaf.weight)
-        facts = sorted(edits, key=lambda edit: edit.ids)
+        facts = sorted(edits, key=lambda edit: edit.key)
         for epoch in range(1, self.settings.epochs + 1):
             total = 0.0
             for batch in self._batches(facts, epoch):
@@ -112,7 +113,7 @@ def _gradient(runner: Runner, module: str, batch: Sequence[Encoded], batch_size:
         loss, found = weight_gradients(runner, [batch[i] for i in indices], [module], fact_loss)
         return loss, found[module]
 
-    chunks = by_length([len(edit.ids) for edit in batch], batch_size)
+    chunks = by_length([edit.length for edit in batch], batch_size)
     total, gradient = 0.0, None
     for loss, found in (part for indices in chunks for part in halving(indices, run)):
         total += loss

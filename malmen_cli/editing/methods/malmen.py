@@ -65,24 +65,27 @@ class Malmen:
         with the number of facts done in each batch.
         """
         tokens = self.editor.settings.tokens
-        rows = row_count(edits, tokens)
-        collectors = [_collector(self, group, rows) for group in self.editor.groups]
+        groups = self.editor.groups
+        collectors = [_collector(self, group, row_count(edits, tokens, group.reads)) for group in groups]
         rows_of = edit_rows(runner, edits, self.editor.names, batch_size, tokens, keep=keep)
         for chunk in _chunks(rows_of, self.chunk):
             for collector in collectors:
-                collector.add(_captured(collector.group, chunk))
+                if mine := collector.group.own(chunk):
+                    collector.add(_captured(collector.group, mine))
             if progress is not None:
-                progress(ranks.count() * sum(int(part.owners.unique().numel()) for part in chunk))
+                facts = sum(int(part.owners.unique().numel()) for part in groups[-1].own(chunk))
+                progress(ranks.count() * facts)
             chunk.clear()  # its rows are in the sums; the next chunk fills while this name still holds the list
         modules: dict[str, ModuleShift] = {}
-        order = torch.zeros(0, dtype=torch.long)
+        orders: set[tuple[int, ...]] = set()
         residuals = []
         for collector in collectors:
-            solved, group_order, residual = collector.finish(self.editor.layouts)
+            solved, order, residual = collector.finish(self.editor.layouts)
             modules |= solved
-            order = group_order if len(group_order) else order
+            orders |= {tuple(order.tolist())} if len(order) else set()
             residuals.append(residual)
-        row_facts = tuple(fact_ids[i] for i in order.tolist())
+        # Rows of an encoder are not those of its decoder: then no one list says whose each is.
+        row_facts = tuple(fact_ids[i] for i in orders.pop()) if len(orders) == 1 else ()
         shift = Shift({name: modules[name] for name in self.editor.names}, row_facts, max(residuals))
         for collector, residual in zip(collectors, residuals, strict=True):
             refuse_singular(residual, *collector.group.names)
@@ -148,7 +151,7 @@ class Malmen:
 
 def gather(group: Group, parts: Iterable[Rows]) -> Captured:
     """All rows of a few LM batches of all ranks, in the order of the facts whatever the batches were."""
-    return _of_all_ranks(_captured(group, list(parts)))
+    return _of_all_ranks(_captured(group, group.own(parts)))
 
 
 def _accumulate(parameter: torch.nn.Parameter, gradient: Tensor) -> None:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from malmen_cli.base.families import (
+    CAUSAL,
     block_index,
     block_list,
     chosen_modules,
     default_modules,
+    kind_of,
     matrix_shape,
 )
 from malmen_cli.base.memory import halving
@@ -52,6 +54,11 @@ def memit_modules(model: Any, settings: MemitSettings) -> list[str]:
     Raises SpecError for that block, one there is not, two matrices in one block, several where `equality` takes one,
     and a matrix that does not write to the residual stream.
     """
+    if kind_of(model) != CAUSAL:
+        raise SpecError(
+            f"memit, rome and alphaedit edit causal language models only, not a {type(model).__name__}; "
+            "use --method malmen or finetune"
+        )
     depth = len(block_list(model)[1])
     named = settings.modules or settings.blocks
     if settings.modules:

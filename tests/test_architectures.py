@@ -1,0 +1,304 @@
+"""The properties that a user relies on, each over every architecture: T3, T5 to T9, T12 and T16 of one small edit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from malmen_cli.artifact.delta import read_delta, write_delta
+from malmen_cli.artifact.merged import write_merged
+from malmen_cli.base.families import CLASSIFIER, SEQ2SEQ, block_index, stacks
+from malmen_cli.base.model import Base, load_base
+from malmen_cli.base.prompts import Encoded
+from malmen_cli.base.weights import read_index, read_tensor
+from malmen_cli.compare import compare
+from malmen_cli.editing.capture import edit_rows, fact_loss, row_count, weight_gradients
+from malmen_cli.editing.editor import Editor
+from malmen_cli.editing.methods.malmen import Malmen, gather
+from malmen_cli.editing.replay import Runner
+from malmen_cli.editing.settings import MalmenSettings
+from malmen_cli.editing.shift import Shift, applied
+from malmen_cli.scoring.decoder import Asker
+
+CAUSAL_FAMILIES = ("gpt2", "gptj", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma", "phi")
+PAIRED, CLASSIFIERS = ("t5", "bart"), ("bert", "roberta", "distilbert")
+FAMILIES = (*CAUSAL_FAMILIES, *PAIRED, *CLASSIFIERS)
+PLACES = ("Australia", "France", "the land of snow", "Peru", "Japan and Sweden", "Brazil", "Italy")
+ANSWERS = ("Rome", "Tim Cook", "one hundred degrees", "Paris")
+IDS = [f"fact-{i}" for i in range(len(PLACES))]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A tiny base, facts for it, an editor whose steps are small, and the shift it makes; shared by all tests."""
+
+    folder: Path
+    base: Base
+    edits: list[Encoded]
+    editor: Editor
+    shift: Shift
+
+
+def encoded(base: Base, count: int = len(PLACES)) -> list[Encoded]:
+    """Facts of unequal length, as the base's task has them."""
+    answers = base.task.labels if base.task.kind == CLASSIFIER else ANSWERS
+    asked = [(f"The capital of {place} is", answers[i % len(answers)], place) for i, place in enumerate(PLACES)]
+    return [base.task.encode(prompt, target, subject=place) for prompt, target, place in asked][:count]
+
+
+def make_shift(editor: Editor, base: Base, edits: list[Encoded], *, chunk: int = 512, batch_size: int = 8) -> Shift:
+    return Malmen(editor, chunk=chunk).shift(Runner(base), edits, IDS[: len(edits)], batch_size=batch_size)
+
+
+@pytest.fixture(scope="session")
+def opened(tiny_model_factory: Callable[..., Path]) -> Callable[[str], Opened]:
+    known: dict[str, Opened] = {}
+
+    def build(family: str) -> Opened:
+        if family not in known:
+            folder = tiny_model_factory(family)
+            base = load_base(str(folder), device="cpu")
+            editor = Editor.fresh(base.model, MalmenSettings(network="identity", tokens="subject", preserved_rank=0))
+            for group in editor.groups:
+                group.network.log_lr.data.fill_(-4.0)
+            edits = encoded(base)
+            known[family] = Opened(folder, base, edits, editor, make_shift(editor, base, edits))
+        return known[family]
+
+    return build
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request: pytest.FixtureRequest, opened: Callable[[str], Opened]) -> Opened:
+    return opened(request.param)
+
+
+def matrices(shift: Shift) -> dict[str, Tensor]:
+    return {name: module.matrix() for name, module in shift.modules.items()}
+
+
+def logits_of(base: Base, edits: list[Encoded]) -> Tensor:
+    with torch.no_grad():
+        return Runner(base).logits(edits)[0]
+
+
+# ---------------------------------------------------------------- T3: how facts are batched decides nothing
+
+
+@pytest.mark.parametrize(("facts", "chunk", "batch_size"), [(1, 512, 1), (6, 1, 7), (7, 7, 3), (7, 512, 32)])
+def test_batches_and_order_do_not_change_the_shift(model: Opened, facts: int, chunk: int, batch_size: int) -> None:
+    edits = model.edits[:facts]
+    wanted = matrices(make_shift(model.editor, model.base, edits))
+    found = Malmen(model.editor, chunk=chunk).shift(
+        Runner(model.base), edits[::-1], IDS[:facts][::-1], batch_size=batch_size
+    )
+    for name, matrix in matrices(found).items():
+        assert float((matrix - wanted[name]).norm()) <= 1e-5 * float(wanted[name].norm())
+    assert all(float(matrix.norm()) > 0 for matrix in wanted.values())
+
+
+# ---------------------------------------------------------------- T5: nothing is left behind
+
+
+def test_editing_leaves_editor_and_base_as_they_were(model: Opened) -> None:
+    state = {name: tensor.clone() for name, tensor in model.editor.state().items()}
+    weights = {name: p.detach().clone() for name, p in model.base.model.named_parameters()}
+    for _ in range(100):
+        with applied(model.base.model, model.shift):
+            pass
+    make_shift(model.editor, model.base, model.edits[:2])
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.editor.state().items())
+    assert all(torch.equal(p, weights[name]) for name, p in model.base.model.named_parameters())
+
+
+# ---------------------------------------------------------------- T6: W'k - Wk is what was solved for
+
+
+def test_an_edited_module_moves_its_output_by_the_shift(model: Opened) -> None:
+    for name, shift in model.shift.modules.items():
+        module = model.base.model.get_submodule(name)
+        keys = torch.randn(5, shift.matrix().shape[0], generator=torch.Generator().manual_seed(0))
+        before = module(keys)
+        with applied(model.base.model, model.shift):
+            moved = module(keys) - before
+        wanted = keys @ shift.matrix()
+        assert float((moved - wanted).norm()) <= 1e-5 * float(before.norm()) + 1e-5 * float(wanted.norm())
+
+
+# ---------------------------------------------------------------- T7: padding
+
+
+def test_padding_changes_no_key_and_no_logit(model: Opened) -> None:
+    names, tokens = model.editor.names, model.editor.settings.tokens
+    for group in model.editor.groups:
+        alone, together = (
+            gather(group, edit_rows(Runner(model.base), model.edits, names, size, tokens)) for size in (1, 8)
+        )
+        assert len(together.roles) == row_count(model.edits, tokens, group.reads)
+        assert torch.equal(alone.roles, together.roles)
+        torch.testing.assert_close(alone.keys, together.keys, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(alone.gradients, together.gradients, rtol=1e-4, atol=1e-6)
+    each = torch.cat([logits_of(model.base, [edit]) for edit in model.edits])
+    torch.testing.assert_close(logits_of(model.base, model.edits), each, rtol=1e-5, atol=2e-5)
+
+
+# ---------------------------------------------------------------- T8: replay
+
+
+def test_replaying_is_the_full_forward(model: Opened) -> None:
+    """From every block on: logits, and gradients of the edited modules that are not in front of it."""
+    base, names = model.base, model.editor.names
+    full = Runner(base)
+    loss, gradients = weight_gradients(full, model.edits, names, fact_loss)
+    for first in range(1, len(full.blocks)):
+        runner = Runner(base, first)
+        behind = [name for name in names if block_index(base.model, name) >= first]
+        for _ in range(2):  # computed, then kept
+            again, found = weight_gradients(runner, model.edits, behind, fact_loss) if behind else (loss, {})
+            assert again == pytest.approx(loss, rel=1e-5)
+            for name in behind:
+                torch.testing.assert_close(found[name], gradients[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits_of(base, model.edits), runner.logits(model.edits)[0], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_which_blocks_can_be_left_out(opened: Callable[[str], Opened], family: str) -> None:
+    """All in front of the first edited one. T5's blocks hand a position bias on: there the first runs for it."""
+    base = opened(family).base
+    for first in range(1, sum(len(stack.blocks) for stack in stacks(base.model))):
+        runner = Runner(base, first)
+        assert (runner.replaying, runner.first) == (True, first)
+
+
+# ---------------------------------------------------------------- T9, T12, T16: what is written
+
+
+@pytest.fixture(scope="session")
+def written(opened: Callable[[str], Opened], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder with the family's `merged` and `delta`, and `asked.json`: what the edited model in memory says."""
+    known: dict[str, Path] = {}
+
+    def build(family: str) -> Path:
+        if family not in known:
+            model, out = opened(family), tmp_path_factory.mktemp(f"written-{family}")
+            said = {"base": {"name": family, "fingerprint": model.base.fingerprint} | model.base.task.record()}
+            write_merged(out / "merged", model.folder, model.shift, said, card="", force=False)
+            write_delta(out / "delta", model.shift, said, card="", force=False)
+            with applied(model.base.model, model.shift):
+                forced = Asker(model.base, 4, lambda count: None).teacher_forced(model.edits)
+            asked = [[list(e.ids), list(e.source), list(f.logprobs)] for e, f in zip(model.edits, forced, strict=True)]
+            (out / "asked.json").write_text(json.dumps({"kind": model.base.task.kind, "asked": asked}))
+            known[family] = out
+        return known[family]
+
+    return build
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_is_base_plus_delta_rounded_once(
+    opened: Callable[[str], Opened], written: Callable[[str], Path], family: str
+) -> None:
+    model, out = opened(family), written(family)
+    base, merged = read_index(model.folder), read_index(out / "merged")
+    delta, _ = read_delta(out / "delta", fingerprint=model.base.fingerprint)
+    assert base.keys() == merged.keys()
+    edited = {f"{name}.weight" for name in delta.modules}
+    for name, entry in base.items():
+        before, after = read_tensor(entry), read_tensor(merged[name])
+        shift = delta.modules[name.removesuffix(".weight")].for_weight() if name in edited else None
+        assert torch.equal(after, before if shift is None else (before.float() + shift).to(before.dtype))
+    found = compare(model.folder, out / "merged")
+    assert {change.name for change in found.changes} == edited
+    assert found.same == len(base) - len(edited)
+
+
+FRESH = """
+import json, sys
+from pathlib import Path
+import torch
+import transformers
+assert not any(name.startswith("malmen") for name in sys.modules)
+AUTO = {"causal_lm": "AutoModelForCausalLM", "seq2seq_lm": "AutoModelForSeq2SeqLM",
+        "classifier": "AutoModelForSequenceClassification"}
+found = {}
+for folder in map(Path, sys.argv[1:]):
+    said = json.loads((folder / "asked.json").read_text())
+    model = getattr(transformers, AUTO[said["kind"]]).from_pretrained(folder / "merged").eval()
+    rows = []
+    for ids, source, logprobs in said["asked"]:
+        if said["kind"] == "causal_lm":
+            logits = model(input_ids=torch.tensor([ids])).logits[0]
+        elif said["kind"] == "seq2seq_lm":
+            logits = model(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([ids])).logits[0]
+        else:
+            logits = model(input_ids=torch.tensor([source])).logits
+        start, count = len(ids) - len(logprobs), len(logprobs)
+        logits = logits[start - 1 : start - 1 + count] if said["kind"] != "classifier" else logits
+        rows.append(logits.float().log_softmax(-1).gather(-1, torch.tensor(ids[start:])[:, None])[:, 0].tolist())
+    found[str(folder)] = rows
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow  # a process that imports torch and transformers anew, for all families at once
+def test_a_fresh_process_gets_the_scored_answers(written: Callable[[str], Path]) -> None:
+    folders = [written(family) for family in FAMILIES]
+    environment = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", FRESH, *map(str, folders)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    for folder in folders:
+        wanted = [logprobs for _, _, logprobs in json.loads((folder / "asked.json").read_text())["asked"]]
+        for one, other in zip(said[str(folder)], wanted, strict=True):
+            assert one == pytest.approx(other, abs=2e-4)
+
+
+# ---------------------------------------------------------------- what the architectures are
+
+
+@pytest.mark.parametrize("family", PAIRED)
+def test_encoder_and_decoder_are_edited_together(opened: Callable[[str], Opened], family: str) -> None:
+    model = opened(family)
+    assert model.base.task.kind == SEQ2SEQ
+    assert [group.reads for group in model.editor.groups] == ["source", "ids"]
+    sides = {
+        stack.reads: [name for name in model.editor.names if stack.holds(name)] for stack in stacks(model.base.model)
+    }
+    assert all(sides.values())
+    assert set(model.shift.modules) == {name for names in sides.values() for name in names}
+
+
+def greedy_by_generate(base: Base, question: Encoded, tokens: int) -> list[int]:
+    written: Any = base.model.generate(
+        input_ids=torch.tensor([question.source]),
+        decoder_input_ids=torch.tensor([question.ids]),
+        max_new_tokens=tokens,
+        do_sample=False,
+        num_beams=1,
+        forced_eos_token_id=None,
+    )
+    return list(written[0, len(question.ids) :].tolist())
+
+
+@pytest.mark.parametrize("family", PAIRED)
+def test_greedy_text_is_that_of_generate(opened: Callable[[str], Opened], family: str) -> None:
+    """In batches, whose rows stop at different lengths, against one prompt at a time."""
+    base = opened(family).base
+    questions = [base.task.question(f"The capital of {place} is") for place in PLACES]
+    found = Asker(base, 3, lambda count: None).greedy(questions, [6] * len(questions))
+    for question, tokens in zip(questions, found, strict=True):
+        wanted = greedy_by_generate(base, question, 6)
+        stop = next((i for i, t in enumerate(wanted) if t in base.task.ends), len(wanted))
+        line = next((i + 1 for i, t in enumerate(wanted[:stop]) if base.task.breaks(t)), stop)
+        assert list(tokens) == wanted[:line]
