@@ -23,9 +23,10 @@ from malmen_cli.base.weights import read_index, read_tensor
 from malmen_cli.compare import compare
 from malmen_cli.editing.capture import edit_rows, fact_loss, row_count, weight_gradients
 from malmen_cli.editing.editor import Editor
+from malmen_cli.editing.methods.finetune import Finetune, tuned_module
 from malmen_cli.editing.methods.malmen import Malmen, gather
 from malmen_cli.editing.replay import Runner
-from malmen_cli.editing.settings import MalmenSettings
+from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings
 from malmen_cli.editing.shift import Shift, applied
 from malmen_cli.scoring.decoder import Asker
 
@@ -277,6 +278,21 @@ def test_encoder_and_decoder_are_edited_together(opened: Callable[[str], Opened]
     }
     assert all(sides.values())
     assert set(model.shift.modules) == {name for names in sides.values() for name in names}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fine_tuning_changes_a_matrix_of_the_stack_that_answers(opened: Callable[[str], Opened], family: str) -> None:
+    """And leaves the facts better learned than it found them."""
+    model = opened(family)
+    base, settings = model.base, FinetuneSettings(epochs=4, lr=0.01)
+    module = tuned_module(base.model, settings)
+    assert stacks(base.model)[-1].holds(module)
+    runner = Runner(base, block_index(base.model, module))
+    shift = Finetune(settings).shift(runner, module, model.edits, batch_size=4)
+    with torch.no_grad():
+        before = float(fact_loss(*runner.logits(model.edits)))
+        with applied(base.model, shift):
+            assert float(fact_loss(*runner.logits(model.edits))) < before
 
 
 def greedy_by_generate(base: Base, question: Encoded, tokens: int) -> list[int]:
