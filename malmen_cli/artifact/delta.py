@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from malmen_cli.artifact.atomic import Staging
-from malmen_cli.artifact.manifest import MANIFEST, check_base, read_sealed, sealed
+from malmen_cli.artifact.manifest import MANIFEST, check_base, peek, read_sealed, sealed
 from malmen_cli.artifact.output import SIDE_FILES_BYTES, check_output
 from malmen_cli.artifact.tensors import read_tensors, tensors_bytes, write_tensors
 from malmen_cli.editing.shift import IN_OUT, OUT_IN, ModuleShift, Shift
@@ -66,11 +65,8 @@ def is_delta(folder: Path) -> bool:
     """Whether `folder` holds a delta, whole or damaged, rather than a checkpoint."""
     if (folder / TENSORS).is_file():
         return True
-    try:
-        content = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and content.get("format") == "delta"
+    content = peek(folder / MANIFEST)
+    return content is not None and content.get("format") == "delta"
 
 
 def read_delta(folder: Path, *, fingerprint: str | None) -> tuple[Shift, dict[str, Any]]:

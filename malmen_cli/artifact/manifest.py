@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from malmen_cli.base.sealed import MANIFEST, SCHEMA, SEAL, canonical, read_sealed, sealed
+from malmen_cli.base.sealed import MANIFEST, SCHEMA, SEAL, canonical, peek, read_sealed, sealed
 from malmen_cli.exceptions import EditorError
 
-__all__ = ["MANIFEST", "SCHEMA", "SEAL", "base_fingerprint", "canonical", "check_base", "read_sealed", "sealed"]
+__all__ = ["MANIFEST", "SCHEMA", "SEAL", "base_fingerprint", "canonical", "check_base", "peek", "read_sealed", "sealed"]
 
 
 def base_fingerprint(content: Mapping[str, Any]) -> str | None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from malmen_cli.base.cache import cache_home
 from malmen_cli.base.config import check_sizes, read_config
 from malmen_cli.base.gguf import converted
-from malmen_cli.base.header import load_json, shown
+from malmen_cli.base.header import shown
+from malmen_cli.base.sealed import MANIFEST, peek
 from malmen_cli.base.weights import INDEX_FILE, PICKLE_SUFFIXES, SINGLE_FILE, read_index
 from malmen_cli.base.written import check_written
 from malmen_cli.exceptions import CheckpointError
@@ -143,21 +144,13 @@ def _check_folder(folder: Path) -> None:
 
 
 def _no_config(folder: Path) -> str:
-    if _manifest_format(folder) == "delta":
+    if (peek(folder / MANIFEST) or {}).get("format") == "delta":
         return f"{folder}: this is a delta: pass it as MODEL together with --base"
     if (folder / "adapter_config.json").exists():
         return f"{folder}: this is an adapter; merge it into its base first"
     if gguf := sorted(path.name for path in folder.glob("*.gguf")):
         return f"{folder}: no config.json in it; for its GGUF file pass {folder / gguf[0]}"
     return f"{folder}: no config.json in it; pass a folder that save_pretrained wrote"
-
-
-def _manifest_format(folder: Path) -> object:
-    try:
-        manifest = load_json((folder / "malmen.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return manifest.get("format") if isinstance(manifest, dict) else None
 
 
 def _safe(name: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from malmen_cli.base.header import load_json
 from malmen_cli.exceptions import EditorError, NumericsError, OutputError
 
 SCHEMA = 1
@@ -62,6 +63,15 @@ def read_sealed(path: Path) -> dict[str, Any]:
             f"{path}: schema {content.get('schema')!r} is not {SCHEMA}; it was written by another version of malmen"
         )
     return dict(content)
+
+
+def peek(path: Path) -> dict[str, Any] | None:
+    """The object in a manifest whose seal nobody has looked at, to tell what is there; None where it holds none."""
+    try:
+        content = load_json(path.read_text(encoding="utf-8")) if path.stat().st_size <= MAX_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _digest(body: Mapping[str, object]) -> str:

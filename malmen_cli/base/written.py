@@ -6,8 +6,7 @@ import hashlib
 from pathlib import Path
 
 from malmen_cli.base.cache import cached_digest
-from malmen_cli.base.header import load_json
-from malmen_cli.base.sealed import MANIFEST, MAX_BYTES, SEAL, read_sealed
+from malmen_cli.base.sealed import MANIFEST, SEAL, peek, read_sealed
 from malmen_cli.base.weights import is_plain
 from malmen_cli.exceptions import CheckpointError
 
@@ -39,11 +38,8 @@ def check_written(folder: Path) -> None:
 
 def _claims(manifest: Path) -> bool:
     """Whether it says what malmen wrote; where that cannot be told, it is damaged."""
-    try:
-        content = load_json(manifest.read_text(encoding="utf-8")) if manifest.stat().st_size <= MAX_BYTES else None
-    except (OSError, ValueError, RecursionError):
-        return True
-    return not isinstance(content, dict) or bool({"files", SEAL} & content.keys())
+    content = peek(manifest)
+    return content is None or bool({"files", SEAL} & content.keys())
 
 
 def _sha256(file: Path) -> str:
