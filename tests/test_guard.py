@@ -50,7 +50,7 @@ def test_the_largest_relative_norm(base: Base) -> None:
     assert (name, size) == (MODULES[1], pytest.approx(0.7, rel=1e-5))
 
 
-@pytest.mark.parametrize("size", [0.46, 0.55, 1.0, 2.3, 0.99 * MAX_RELATIVE_NORM])
+@pytest.mark.parametrize("size", [0.46, 0.55, 1.0, 4.5, 0.99 * MAX_RELATIVE_NORM])
 def test_honest_edits_pass_in_silence(base: Base, size: float) -> None:
     """The figures of benchmarks/RESULTS.md, and what 7,499 facts may take."""
     assert refuse(base, size) == []
@@ -58,11 +58,11 @@ def test_honest_edits_pass_in_silence(base: Base, size: float) -> None:
 
 def test_a_destructive_edit_names_module_contradiction_and_residuals(base: Base) -> None:
     with pytest.raises(NumericsError) as caught:
-        refuse(base, 8.0)
+        refuse(base, 15.0)
     said = str(caught.value)
-    assert said.startswith(f"{MODULES[1]}: the shift is 8.0 times the weight's own norm (above 5)")
+    assert said.startswith(f"{MODULES[1]}: the shift is 15.0 times the weight's own norm (above 10)")
     assert "contradict each other: au and au-2;" in said
-    left = residuals(base, shift_of(base, 8.0), FACTS, batch_size=3)
+    left = residuals(base, shift_of(base, 15.0), FACTS, batch_size=3)
     worst = sorted(zip(left, FACTS, strict=True), key=lambda pair: -pair[0])[:3]
     assert "largest residuals: " + ", ".join(f"{fact.id} ({nats:.1f} nats)" for nats, fact in worst) in said
     assert "--force" in said
@@ -71,12 +71,12 @@ def test_a_destructive_edit_names_module_contradiction_and_residuals(base: Base)
 
 def test_without_a_contradiction_none_is_claimed(base: Base) -> None:
     with pytest.raises(NumericsError, match=r"destroys the model: largest residuals: ") as caught:
-        refuse(base, 8.0, facts=FACTS[:2])
+        refuse(base, 15.0, facts=FACTS[:2])
     assert "contradict" not in str(caught.value)
 
 
 def test_force_only_warns(base: Base) -> None:
-    (warning,) = refuse(base, 8.0, force=True)
+    (warning,) = refuse(base, 15.0, force=True)
     assert "--force was given" in warning
 
 
