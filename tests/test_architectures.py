@@ -309,12 +309,14 @@ def greedy_by_generate(base: Base, question: Encoded, tokens: int) -> list[int]:
 
 @pytest.mark.parametrize("family", PAIRED)
 def test_greedy_text_is_that_of_generate(opened: Callable[[str], Opened], family: str) -> None:
-    """In batches, whose rows stop at different lengths, against one prompt at a time."""
+    """In batches, which their rows leave at different lengths, against one prompt at a time."""
     base = opened(family).base
     questions = [base.task.question(f"The capital of {place} is") for place in PLACES]
-    found = Asker(base, 3, lambda count: None).greedy(questions, [6] * len(questions))
-    for question, tokens in zip(questions, found, strict=True):
-        wanted = greedy_by_generate(base, question, 6)
+    questions += [base.task.question(f"The capital of {place} was") for place in PLACES]  # of the same lengths
+    budgets = [1 + 3 * i % 7 for i in range(len(questions))]
+    found = Asker(base, 4, lambda count: None).greedy(questions, budgets)
+    for question, tokens, budget in zip(questions, found, budgets, strict=True):
+        wanted = greedy_by_generate(base, question, budget)
         stop = next((i for i, t in enumerate(wanted) if t in base.task.ends), len(wanted))
         line = next((i + 1 for i, t in enumerate(wanted[:stop]) if base.task.breaks(t)), stop)
         assert list(tokens) == wanted[:line]
