@@ -110,7 +110,7 @@ def train(
         trainer.calibration = _restore(trainer, out, digest, note)
         note(f"going on after step {trainer.step}")
     else:
-        if ranks.first():
+        if there and ranks.first():
             _give_up(out)  # nobody may resume it by mistake
         if resume:
             note("nothing to resume: starting from the beginning")
