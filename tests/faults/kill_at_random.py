@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.figure  # noqa: F401  # imported once, here, and not in every fork
-import torch  # noqa: F401
+import torch
 import transformers
 
 from malmen_cli.artifact import disk
@@ -31,8 +31,10 @@ TOOK = Path("took.json")  # seconds of the last undisturbed run, and those of th
 
 
 def content(path: Path) -> Any:
+    """Nothing, a file's digest, or those of a folder's files; what is being built there is counted by `leftovers`."""
     if path.is_dir():
-        return {p.relative_to(path).as_posix(): content(p) for p in sorted(path.rglob("*")) if p.is_file()}
+        files = [file for file in sorted(path.rglob("*")) if file.is_file() and "/.malmen-" not in str(file)]
+        return {file.relative_to(path).as_posix(): content(file) for file in files}
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
@@ -117,5 +119,14 @@ def report(order: dict[str, Any]) -> dict[str, Any]:
     return {"old": known[0], "whole": known[1], "trials": trials}
 
 
+def warm_up(apply: list[str]) -> None:
+    """What libraries import when they are first used, so that no fork has to; no backward pass, whose threads do not
+    survive a fork."""
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    assert main(["eval", apply[1], apply[2], "--limit", "1", "--no-greedy", "-q"]) == 0
+
+
 if __name__ == "__main__":
-    print(json.dumps([report(order) for order in json.loads(sys.argv[1])]))
+    orders = json.loads(sys.argv[1])
+    warm_up(orders[0]["argv"])
+    print(json.dumps([report(order) for order in orders]))
