@@ -191,9 +191,15 @@ def test_another_base_is_refused(base: Base, tmp_path: Path, tiny_llama: Path) -
         ({"settings": {"depth": 4}}, "its settings cannot be read"),
         ({"settings": None}, "its settings cannot be read"),
         ({"settings": ["rank"]}, "its settings cannot be read"),
-        ({"settings": asdict(replace(SETTINGS, rank=5))}, "0.down is for 2 blocks of rank 4, its settings say 2 of rank 5"),
+        (
+            {"settings": asdict(replace(SETTINGS, rank=5))},
+            "for 2 blocks of rank 4, its settings say 2 of rank 5",
+        ),
         ({"settings": asdict(replace(SETTINGS, last_blocks=1))}, "does not fit this base"),
-        ({"settings": asdict(replace(SETTINGS, blocks=0))}, "0.down is for 2 blocks of rank 4, its settings say 0 of rank 4"),
+        (
+            {"settings": asdict(replace(SETTINGS, blocks=0))},
+            "for 2 blocks of rank 4, its settings say 0 of rank 4",
+        ),
     ],
 )
 def test_damaged_settings(base: Base, tmp_path: Path, changes: dict[str, Any], said: str) -> None:

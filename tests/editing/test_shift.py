@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from malmen_cli.editing.capture import edit_rows
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.shift import IN_OUT, OUT_IN, ModuleShift, Shift, applied, weight_layout
-from malmen_cli.exceptions import NumericsError
+from malmen_cli.exceptions import EditorError, NumericsError
 
 TARGETS = {"gpt2": "transformer.h.1.mlp.c_proj", "llama": "model.layers.1.mlp.down_proj"}
 
@@ -126,7 +126,7 @@ def test_a_second_module_that_does_not_fit_leaves_the_first_unchanged(load: Call
     kept = bits(model)
     good, bad = low_rank(OUT_IN, 64, 32), low_rank(OUT_IN, 63, 32)
     with (
-        pytest.raises(RuntimeError),
+        pytest.raises(EditorError, match=r"model\.layers\.0\.mlp\.down_proj is for a weight of shape \(32, 63\)"),
         applied(model, Shift({TARGETS["llama"]: good, "model.layers.0.mlp.down_proj": bad})),
     ):
         pass
