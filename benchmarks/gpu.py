@@ -62,7 +62,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": 300, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_inner": 64, "rotary_dim": 4},
     ),
 }
-AGREE = 1e-4  # T35: relative difference of a shift between CPU and CUDA, in fp32
+AGREE = 1e-4  # relative difference of a shift between CPU and CUDA, in fp32
 APPLY_GOAL, PASS_GOAL = 60.0, 600.0  # seconds for 16,384 facts at GPT-J's shape on an H200-class card
 JUDGED = 64
 

@@ -269,7 +269,7 @@ def _spread(facts: Sequence[Fact], size: int) -> list[Fact]:
 
 
 def _locality(base: Base, facts: Sequence[Fact]) -> list[Encoded]:
-    examples = encode_examples(base.task, _spread(facts, 1000), end_of_text=False)
+    examples = encode_examples(base.task, _spread(facts, 1000), end_of_text=False, room=base.room)
     return [probe for example in examples for probe in example.probes]
 
 

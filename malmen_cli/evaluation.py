@@ -14,7 +14,7 @@ from malmen_cli.base.locate import locate
 from malmen_cli.base.model import Base
 from malmen_cli.base.weights import fingerprint
 from malmen_cli.editing.shift import applied
-from malmen_cli.exceptions import CheckpointError
+from malmen_cli.exceptions import CheckpointError, EditorError
 from malmen_cli.facts.fact import Fact
 from malmen_cli.scoring.protocols import Answers
 from malmen_cli.scoring.report import Report, summarise
@@ -61,6 +61,8 @@ def _recorded_pair(model: str, manifest: dict[str, Any], revision: str | None) -
         same = fingerprint(locate(name, revision=revision).folder) == base_fingerprint(manifest)
     except CheckpointError:
         return Pair(model, model, note=f"its base {name} cannot be found: {itself}")
+    except EditorError as error:
+        return Pair(model, model, note=f"its base {name} cannot be used ({error}): {itself}")
     if not same:
         return Pair(model, model, note=f"{name} is not the base it was made from: {itself}")
     return Pair(model, name, None, revision)

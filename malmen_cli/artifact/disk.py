@@ -17,6 +17,7 @@ from pathlib import Path
 
 from malmen_cli.exceptions import OutputError
 
+PASSED = 1 << 20  # bytes that pass through us at once where the kernel does not copy
 COPIED = 1 << 26  # bytes that the kernel is asked to copy at once, between which an interrupt is heard
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -38,11 +39,19 @@ def write(descriptor: int, data: bytes | memoryview) -> None:
 def copy(descriptor: int, source: int, start: int, end: int) -> int:
     """Bytes of one file to the end of another without passing through us; as many as there are up to `end`.
 
-    sendfile, since copy_file_range may share blocks between the two files, which nobody asked for.
+    sendfile, since copy_file_range may share blocks between the two files, which nobody asked for; where the system
+    has it for sockets alone, or the file system cannot, the bytes do pass through us.
     """
     done = start
     while done < end:
-        count = os.sendfile(descriptor, source, done, min(COPIED, end - done))
+        try:
+            count = os.sendfile(descriptor, source, done, min(COPIED, end - done))
+        except OSError as error:
+            if error.errno not in (*_UNSUPPORTED, errno.ENOTSOCK):
+                raise
+            data = os.pread(source, min(PASSED, end - done), done)
+            write(descriptor, data)
+            count = len(data)
         if not count:
             break
         done += count

@@ -78,7 +78,8 @@ class ClassifierTask(Task):
         folded = [label.casefold() for label in self.labels]
         if name.strip().casefold() not in folded:
             message = f"{name!r} is no label of this model; it has {', '.join(self.labels)}"
-            hint = "write one of them, or name the labels in id2label of its config.json"
+            one = self.model.config.num_labels == 1
+            hint = "write one of them" + ("" if one else ", or name the labels in id2label of its config.json")
             raise FactsError([Problem("facts", None, "target", message, hint)])
         return folded.index(name.strip().casefold())
 

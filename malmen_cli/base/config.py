@@ -14,12 +14,17 @@ from malmen_cli.base.header import load_json, shown
 from malmen_cli.exceptions import CheckpointError
 
 MAX_CONFIG_BYTES = 16 * 1024**2
-MAX_SIDE_BYTES = 64 * 1024**2  # of any other text file that transformers reads
+MAX_SIDE_BYTES = 64 * 1024**2  # of any other file of text that transformers reads
 MAX_TOKENIZER_BYTES = 512 * 1024**2  # the largest published are about 35 MB
 MAX_SIZE = 2**27  # of any width, vocabulary or context
-SIDE_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.spm")
-_LAYERS = re.compile(r"(num|n)_.*(layer|block)s?$|^(n_)?(layers?|blocks?)$|depth")
-_SIZES = re.compile(r"size|dim|heads?$|embd|position|inner|experts?$|width|ctx|length|groups?$")
+# What transformers opens; whatever else lies in the folder (a corpus, a trainer's log) is nobody's business.
+SIDE_FILES = (
+    "*config.json", "tokenizer.*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "chat_template*", "*.jinja", "*.model", "*.tiktoken", "*.spm",
+)  # fmt: skip
+_LAYERS = re.compile(r"^(num_hidden_layers|num_layers|n_layers?|(num_)?(en|de)coder_layers|num_blocks|n_blocks|depth)$")
+_SIZES = re.compile(r"size|dim$|heads?$|embd|position|inner|experts?$|width|ctx|groups?$")
+_NO_SIZES = ("id2label", "label2id", "task_specific_params", "quantization_config")  # keys in it are anybody's words
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -44,9 +49,9 @@ def check_sizes(folder: Path, settings: dict[str, Any], tensors: int) -> None:
     for key, value in _numbers(settings):
         most = tensors if _LAYERS.search(key) else MAX_SIZE if _SIZES.search(key) else None
         if most is not None and not -1 <= value <= most:
+            why = f"which its {tensors} tensors cannot hold" if most == tensors else "which no checkpoint has"
             raise CheckpointError(
-                f"{folder / 'config.json'}: {shown(key)} is {shown(value)}, which its {tensors} tensors cannot hold; "
-                "do not use this checkpoint"
+                f"{folder / 'config.json'}: {shown(key)} is {shown(value)}, {why}; do not use this checkpoint"
             )
 
 
@@ -55,7 +60,7 @@ def _numbers(settings: dict[str, Any]) -> Iterator[tuple[str, int]]:
     for key, value in settings.items():
         if isinstance(value, int) and not isinstance(value, bool):
             yield key, value
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and key not in _NO_SIZES:
             yield from _numbers(value)
 
 
@@ -64,6 +69,8 @@ def _refuse_large(file: Path) -> None:
     most = MAX_CONFIG_BYTES if file.name == "config.json" else most
     try:
         size = file.stat().st_size
+    except FileNotFoundError:  # a link to nowhere: what needs the file says so
+        return
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from None
     if size > most and not file.name.endswith(".index.json"):  # an index has a bound of its own

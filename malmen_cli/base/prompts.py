@@ -139,11 +139,11 @@ def encode_each(facts: Sequence[Fact], encoded: Callable[[Fact], T]) -> list[T]:
     return found
 
 
-def check_room(length: int, room: int | None) -> None:
+def check_room(length: int, room: int | None, field: str = "prompt") -> None:
     """Raise FactsError for a prompt whose `length` in tokens, its answer included, the model cannot read."""
     if room is not None and length > room:
         message = f"{length} tokens with its answer, but the model reads at most {room}"
-        raise FactsError([Problem("facts", None, "prompt", message, "shorten it")])
+        raise FactsError([Problem("facts", None, field, message, "shorten it")])
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -9,12 +9,18 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+from typer import BadParameter
+
 SPREAD = ("apply", "train-editor", "eval")  # commands that share their work
+
+
+# What a launcher tells every process; a batch system that sets some of it has started one process alone.
+_TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def rank() -> int:
     """This process's number; 0 where it is alone."""
-    return _number("RANK", 0) if _number("WORLD_SIZE", 1) > 1 else 0
+    return _number("RANK", 0) if _several() else 0
 
 
 def idle(arguments: Sequence[str]) -> bool:
@@ -24,11 +30,17 @@ def idle(arguments: Sequence[str]) -> bool:
 
 def together(arguments: Sequence[str]) -> AbstractContextManager[None]:
     """The process group during the body, where there are several processes and the command shares its work."""
-    if _number("WORLD_SIZE", 1) <= 1 or not _spread(arguments) or {"-h", "--help"} & set(arguments):
+    if not _several() or not _spread(arguments) or {"-h", "--help"} & set(arguments):
         return nullcontext()
+    if "-" in arguments:
+        raise BadParameter("standard input cannot be shared by several processes; name a file of facts instead of -")
     from malmen_cli.base import ranks
 
     return ranks.joined()
+
+
+def _several() -> bool:
+    return _number("WORLD_SIZE", 1) > 1 and all(os.environ.get(name) for name in _TOLD)
 
 
 def _spread(arguments: Sequence[str]) -> bool:

@@ -55,8 +55,9 @@ def places(edit: Encoded, tokens: str, reads: str = IDS) -> list[tuple[int, int]
         role |= dict.fromkeys(range(edit.read), PROMPT_END)
     else:
         role = dict.fromkeys(range(1, edit.n_prompt), CONTEXT) if tokens == "all" else {}
-    if tokens != "answer" and edit.subject and bool(edit.source) == (reads == SOURCE):
-        role[edit.subject] = SUBJECT
+    subject = edit.subject if edit.subject or edit.source else None  # an encoder has no sink: its first token counts
+    if tokens != "answer" and subject is not None and bool(edit.source) == (reads == SOURCE):
+        role[subject] = SUBJECT
     if reads == IDS:
         role |= {position: ANSWER if position >= edit.n_prompt else PROMPT_END for position in edit.positions}
     return sorted(role.items())

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 
 from malmen_cli.facts.fact import Fact
 
-_NOISE = re.compile(r"[^\w\s]+|_+")
+# Of sentences, not of names: C++, C# and 5 - 3 keep theirs.
+_NOISE = re.compile(r"""[.,;:!?"'`“”‘’«»()\[\]{}…_、。，；：？！「」]+""")
 
 
 def contradictions(facts: Iterable[Fact]) -> Iterator[tuple[Fact, Fact]]:
@@ -19,8 +20,9 @@ def contradictions(facts: Iterable[Fact]) -> Iterator[tuple[Fact, Fact]]:
     said: dict[tuple[str, str], Fact] = {}
     for fact in facts:
         keys = {_relation(fact, wording) for wording in (fact.prompt, *fact.rephrases)}
-        earlier = next((said[key] for key in sorted(keys) if key in said), None)
-        if earlier is not None and _plain(earlier.target) != _plain(fact.target):
+        known = (said[key] for key in sorted(keys) if key in said)
+        earlier = next((one for one in known if _plain(one.target) != _plain(fact.target)), None)
+        if earlier is not None:
             yield earlier, fact
         for key in keys:
             said.setdefault(key, fact)

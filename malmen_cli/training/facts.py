@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from malmen_cli.base.prompts import Encoded, encode_each
+from malmen_cli.base.prompts import Encoded, check_room, encode_each
 from malmen_cli.base.tasks import Task
 from malmen_cli.facts.fact import Fact
 from malmen_cli.training.settings import TrainingSettings
@@ -26,7 +26,7 @@ class Example:
 
 
 def encode_examples(task: Task, facts: Sequence[Fact], *, end_of_text: bool, room: int | None = None) -> list[Example]:
-    """Every fact's prompts as tokens. Raises FactsError naming each fact that has none, or more than `room`."""
+    """Every fact's prompts and probes as tokens. Raises FactsError naming each fact with none, or more than `room`."""
 
     def encoded(fact: Fact) -> Example:
         edit, *rephrases = (
@@ -34,6 +34,8 @@ def encode_examples(task: Task, facts: Sequence[Fact], *, end_of_text: bool, roo
             for prompt in (fact.prompt, *fact.rephrases)
         )
         probes = tuple(task.question(probe.prompt) for probe in fact.locality)
+        for probe in probes:
+            check_room(max(len(probe.source), len(probe.ids) + 1), room, "locality")
         return Example(edit, tuple(rephrases), probes)
 
     return encode_each(facts, encoded)

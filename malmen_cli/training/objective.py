@@ -57,9 +57,13 @@ class References:
         return [self._known[probe] for probe in probes]
 
     def _compute(self, company: Sequence[Encoded]) -> None:
-        texts = self._asker.greedy(company, [self._tokens] * len(company))
-        behind = self._runner.task.behind
-        sequences = [probe.answered((*text, *behind)) for probe, text in zip(company, texts, strict=True)]
+        behind, room = self._runner.task.behind, self._runner.base.room
+        left = [self._tokens if room is None else room - len(behind) - len(probe.ids) for probe in company]
+        limits = [max(0, min(self._tokens, rest)) for rest in left]
+        texts = self._asker.greedy(company, [max(1, limit) for limit in limits])
+        sequences = [
+            probe.answered((*text[:limit], *behind)) for probe, text, limit in zip(company, texts, limits, strict=True)
+        ]
         self._runner.keep_company(sequences)
         for probe, sequence, heads in zip(company, sequences, self._runner.heads(sequences), strict=True):
             self._known[probe] = Reference(sequence, heads.clone())

@@ -466,3 +466,18 @@ class TestPrevious:
                     write(out, {"malmen.json": b"3"}, force=True, previous=before)
             assert content(out) in ({"malmen.json": b"2"}, {"malmen.json": b"3"})
             assert content(before) in (None, {"malmen.json": b"1"}, {"malmen.json": b"2"})
+
+
+def test_bytes_are_copied_where_the_kernel_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS has sendfile for sockets alone; some mounted file systems have none."""
+
+    def refused(*_: object) -> int:
+        raise OSError(errno.ENOTSOCK, "Socket operation on non-socket")
+
+    monkeypatch.setattr(disk.os, "sendfile", refused)
+    monkeypatch.setattr(disk, "PASSED", 7)
+    data = bytes(range(256)) * 3
+    (tmp_path / "source").write_bytes(data)
+    with Staging(tmp_path / "out") as staging:
+        staging.copy("copied", tmp_path / "source")
+    assert (tmp_path / "out" / "copied").read_bytes() == data

@@ -46,19 +46,52 @@ def test_no_configuration(tmp_path: Path, text: str) -> None:
         {"num_hidden_layers": 10**9},
         {"n_layer": 13},
         {"num_layers": -2},
+        {"num_decoder_layers": 13},
+        {"text_config": {"num_hidden_layers": 500}},
+    ],
+)
+def test_more_layers_than_tensors(tmp_path: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="which its 12 tensors cannot hold"):
+        check_sizes(tmp_path, settings, 12)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
         {"vocab_size": 2**60},
         {"hidden_size": 2**28},
         {"n_positions": 10**12},
         {"max_position_embeddings": 10**12},
         {"num_attention_heads": 2**40},
-        {"text_config": {"num_hidden_layers": 500}},
         {"num_local_experts": 10**9},
         {"head_dim": -5},
     ],
 )
 def test_sizes_that_no_checkpoint_has(tmp_path: Path, settings: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match="which its 12 tensors cannot hold"):
+    with pytest.raises(CheckpointError, match="which no checkpoint has"):
         check_sizes(tmp_path, settings, 12)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"vision_feature_layer": -2},
+        {"depthwise_separable_out_channel": 1024},
+        {"max_length": 10**9},
+        {"label2id": {"size": 10**9, "depth": -7}},
+    ],
+)
+def test_numbers_that_are_no_sizes(tmp_path: Path, settings: dict[str, Any]) -> None:
+    check_sizes(tmp_path, settings, 12)
+
+
+def test_what_transformers_does_not_open_may_be_of_any_size_or_nowhere(tmp_path: Path) -> None:
+    folder_with(tmp_path)
+    for name in ("corpus.txt", "trainer_state.json", "train.json"):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 1 << 40)
+    (tmp_path / "merges.txt").symlink_to("nowhere")
+    assert read_config(tmp_path) == {}
 
 
 def test_sizes_of_honest_checkpoints(tmp_path: Path, tiny_model_factory: Callable[..., Path]) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from malmen_cli.base.classifier import ONE_LOGIT, reads_first
 from malmen_cli.base.families import chosen_modules, default_modules, kind_of, stacks
 from malmen_cli.base.model import Base, load_base
+from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing.capture import ANSWER, CONTEXT, PROMPT_END, SUBJECT, places
 from malmen_cli.editing.methods.memit import memit_modules
 from malmen_cli.editing.settings import MemitSettings
@@ -84,6 +85,14 @@ def test_rows_of_an_encoder_are_its_real_tokens_and_of_a_decoder_the_answer_s(lo
         assert places(found, tokens, "ids") == answer
         roles = [SUBJECT if tokens != "answer" and i == found.subject else PROMPT_END for i in range(len(found.source))]
         assert places(found, tokens, "source") == list(enumerate(roles))
+
+
+def test_the_first_token_of_an_encoder_may_be_the_subject(load: Load) -> None:
+    """No attention sink stands there, as it does in front of a decoder's prompt."""
+    found = load("t5").task.encode("France is in", "Rome", subject="France")
+    assert found.subject == 0
+    assert places(found, "subject", "source")[0] == (0, SUBJECT)
+    assert places(Encoded((1, 2, 3), 2, 0), "subject") == [(1, PROMPT_END)]
 
 
 def test_a_head_that_is_not_tied_stays_its_own(load: Load, tmp_path: Path) -> None:

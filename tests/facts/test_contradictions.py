@@ -42,3 +42,17 @@ def test_every_later_one_is_paired_with_the_first() -> None:
 def test_letters_of_every_script_count() -> None:
     assert pairs(fact("a", "日本の首都は", "東京"), fact("b", "中国の首都は", "北京")) == []
     assert pairs(fact("a", "日本の首都は", "東京"), fact("b", "日本の首都は、", "大阪")) == [("a", "b")]
+
+
+def test_symbols_are_part_of_a_name() -> None:
+    for one, other in (("C++", "C#"), ("C++", "C")):
+        assert (
+            pairs(fact("a", f"{one} was created by", "x", one), fact("b", f"{other} was created by", "y", other)) == []
+        )
+    assert pairs(fact("a", "5 - 3 =", "2"), fact("b", "5 + 3 =", "8")) == []
+    assert pairs(fact("a", "Qt is written in", "C++"), fact("b", "Qt is written in:", "C#")) == [("a", "b")]
+
+
+def test_one_wording_may_agree_and_another_contradict() -> None:
+    facts = [fact("a", "A is", "x"), fact("b", "B is", "y"), fact("c", "A is!", "x", None, "B is!")]
+    assert pairs(*facts) == [("b", "c")]

@@ -11,7 +11,7 @@ import pytest
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded, encode, encode_prompt
 from malmen_cli.exceptions import FactsError
-from malmen_cli.facts.fact import Fact
+from malmen_cli.facts.fact import Fact, Probe
 from malmen_cli.training.facts import Cohort, Draw, Example, cohorts, draw, encode_examples
 from malmen_cli.training.settings import TrainingSettings
 
@@ -145,3 +145,13 @@ def test_a_small_last_cohort_does_not_change_how_many_facts_are_drawn() -> None:
     found = [cohorts([example(i) for i in range(65)], 8, seed=seed) for seed in range(30)]
     groups = next(groups for groups in found if len(groups[0]) == 1)
     assert max(len(drawn(groups, settings(16, 16), step).edits) for step in range(10)) <= 16
+
+
+def test_a_probe_longer_than_the_model_reads_is_refused_by_its_fact(
+    tiny_base: Base, make_facts: Callable[..., list[Fact]]
+) -> None:
+    facts = make_facts(3)
+    facts[1] = replace(facts[1], locality=(Probe("snow " * 200),))
+    with pytest.raises(FactsError) as caught:
+        encode_examples(tiny_base.task, facts, end_of_text=True, room=tiny_base.room)
+    assert [(problem.file, problem.field) for problem in caught.value.problems] == [(f"fact {facts[1].id}", "locality")]

@@ -53,6 +53,15 @@ def test_a_reference_is_the_base_s_own_greedy_text_and_one_token_more(tiny_base:
         )
 
 
+@pytest.mark.parametrize("spare", [1, 2, 3])
+def test_a_reference_stays_within_what_the_model_reads(tiny_base: Base, spare: int) -> None:
+    assert tiny_base.room is not None
+    probe = Encoded((5,) * (tiny_base.room - spare), tiny_base.room - spare)
+    found = References(Runner(tiny_base, 1), 6, 4).of([probe])[0]
+    assert len(found.sequence.ids) <= tiny_base.room
+    assert len(found.heads) == len(found.sequence.ids) - len(probe.ids)
+
+
 def test_each_probe_is_computed_once(tiny_base: Base, prompts: list[Encoded], monkeypatch: pytest.MonkeyPatch) -> None:
     references = References(Runner(tiny_base, 1), 2, 4)
     asked: list[Encoded] = []
