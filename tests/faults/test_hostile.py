@@ -64,8 +64,8 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
     "tokenizer of a terabyte": (put("tokenizer.json", b"{", size=1 << 40), "more than the"),
     "config nested": (put("config.json", b'{"a":' * 100_000), "not a model configuration"),
     "a billion layers": (change_config(n_layer=10**9), "cannot hold"),
-    "a vocabulary of 2^60": (change_config(vocab_size=2**60), "cannot hold"),
-    "a context of 2^60": (change_config(n_positions=2**60), "cannot hold"),
+    "a vocabulary of 2^60": (change_config(vocab_size=2**60), "which no checkpoint has"),
+    "a context of 2^60": (change_config(n_positions=2**60), "which no checkpoint has"),
     "another's manifest": (put("malmen.json", b'{"files": {}, "seal": "0"}'), "damaged or edited by hand"),
 }
 # Refused by the loader, which diff does not need.
