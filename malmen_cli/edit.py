@@ -219,12 +219,12 @@ def make_shift(
     if isinstance(ready, Tuning):
         module = tuned_module(base.model, ready.settings)
         tuned = Finetune(ready.settings, seed=ready.seed)
-        runner = Runner(base, block_index(base.model, module), **_room(base, memory))
+        runner = Runner(base, block_index(base.model, module), **_keeping(base, memory))
         return tuned.shift(runner, module, edits, batch_size=batch_size, progress=progress, note=note)
     # The blocks in front of the first edited one are the same in every pass: their output is kept, within bounds.
     again = ready.settings.passes > 1
     first = min(block_index(base.model, name) for name in ready.editor.names) if again else 0
-    runner = Runner(base, first, **_room(base, memory))
+    runner = Runner(base, first, **_keeping(base, memory))
     method, ids = Malmen(ready.editor), [fact.id for fact in facts]
     shift = method.shift(runner, edits, ids, batch_size=batch_size, keep=again, progress=progress)
     for _ in range(1, ready.settings.passes):
@@ -234,7 +234,7 @@ def make_shift(
     return shift
 
 
-def _room(base: Base, memory: int | None) -> dict[str, int]:
+def _keeping(base: Base, memory: int | None) -> dict[str, int]:
     """Where a Runner keeps the blocks' outputs: in memory, and beyond it on disk."""
     return {"cache_bytes": edit_cache(base) if memory is None else memory, "spill_bytes": SPILL_BYTES}
 
@@ -246,7 +246,7 @@ def manifest(
     an `Insertion` statistics."""
     calibration, editor = (ready.calibration, ready.record()) if isinstance(ready, Ready) else (None, None)
     return {
-        "base": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint} | base.task.record(),
+        "base": base.record(),
         "method": {"name": ready.method} | asdict(ready.settings),
         "calibration": asdict(calibration) if calibration is not None else None,
         "editor": editor,

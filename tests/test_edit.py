@@ -597,6 +597,13 @@ def test_a_spec_that_contradicts_a_trained_editor_is_refused(base: Base, tmp_pat
             find_ready(base, other, folder)
 
 
+@pytest.mark.parametrize("said", [0, -1])
+def test_no_limit_in_the_config_is_no_limit(base: Base, said: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base.model.config, base.model.config.attribute_map["max_position_embeddings"], said)
+    assert base.room is None
+    assert encode_edits(base, [Fact(id="a", prompt="Snow is in", target="Paris")], end_of_text=True)
+
+
 def test_a_prompt_longer_than_the_model_reads_is_refused_by_name(base: Base) -> None:
     room = base.room
     assert room == 128

@@ -22,6 +22,10 @@ class CausalTask(Task):
     kind = CAUSAL
     auto_class, peft_type, pipeline = "AutoModelForCausalLM", "CAUSAL_LM", "text-generation"
 
+    @property
+    def pad_id(self) -> int:
+        return 0  # hidden by the mask, and always in the vocabulary, which a config's -1 is not
+
     @cached_property
     def _takes_positions(self) -> bool:
         return "position_ids" in inspect.signature(self.model.forward).parameters

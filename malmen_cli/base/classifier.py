@@ -42,11 +42,6 @@ class ClassifierTask(Task):
     def ends_answers(self) -> bool:
         return False
 
-    @property
-    def pad_id(self) -> int:
-        pad = self.model.config.pad_token_id
-        return 0 if pad is None else int(pad)
-
     @cached_property
     def _reads_first(self) -> bool:
         return reads_first(self.model, make_batch([self.trial(range(3, 9))], next(self.model.parameters()).device))

@@ -52,9 +52,14 @@ class Base:
 
     @property
     def room(self) -> int | None:
-        """The most tokens the model reads at once, where its config says so."""
-        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return int(room) - _skipped_positions(self.model) if room is not None else None
+        """The most tokens the model reads at once, where its config says so; 0 and -1 are some families' word for no
+        limit."""
+        room = int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 0)
+        return room - _skipped_positions(self.model) if room > 0 else None
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {"name": self.name, "revision": self.revision, "fingerprint": self.fingerprint} | self.task.record()
 
     @property
     def dtype(self) -> torch.dtype:

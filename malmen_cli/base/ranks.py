@@ -1,8 +1,8 @@
 """Several processes on one run, as torchrun and `accelerate launch` start them.
 
 Every rank knows all facts, runs the language model on its share of them, and adds up or collects what came out; from
-there on all ranks hold the same numbers. With one process each function here is its plain counterpart. What is
-exchanged is tensors and JSON, never pickles.
+there on all ranks do the same, and a training takes the first one's parameters after every step. With one process each
+function here is its plain counterpart. What is exchanged is tensors and JSON, never pickles.
 """
 
 from __future__ import annotations

@@ -37,6 +37,11 @@ def sampled_texts(base: Base, count: int = TEXTS, tokens: int = TOKENS, *, seed:
     return [text if text.source else replace(text, n_prompt=max(1, len(text.ids) // 2)) for text in texts]
 
 
+def own_probes(base: Base, seed: int) -> list[Encoded]:
+    """Prompts of the base's own text, the locality probes of facts that bring none."""
+    return [text.answered(()) for text in sampled_texts(base, seed=seed)]
+
+
 def sampled_windows(base: Base, tokens: int) -> list[tuple[int, ...]]:
     """`tokens` tokens in all, in texts of WINDOW tokens or of what the model reads, and a shorter last one.
 

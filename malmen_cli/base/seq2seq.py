@@ -36,11 +36,6 @@ class Seq2SeqTask(Task):
         end = tokenizer.eos_token_id
         self._ending = self._ending or ((end,) if end is not None else ())
 
-    @property
-    def pad_id(self) -> int:
-        pad = self.model.config.pad_token_id
-        return 0 if pad is None else int(pad)
-
     def encode(
         self,
         prompt: str,

@@ -55,7 +55,9 @@ class Task(ABC):
 
     @property
     def pad_id(self) -> int:
-        return 0
+        """What batches are padded with: what an encoder may look for itself to tell padding."""
+        pad = self.model.config.pad_token_id
+        return 0 if pad is None else int(pad)
 
     @abstractmethod
     def encode(

@@ -46,8 +46,7 @@ class Asker:
         self._advance = advance
         self._ends = base.task.ends
         self._newlines: dict[int, bool] = {}
-        # 0 and -1 are some families' word for no limit.
-        self._room = base.room if base.room and base.room > 0 else None
+        self._room = base.room
 
     def teacher_forced(self, sequences: Sequence[Encoded]) -> list[Forced]:
         """One forward of every sequence, right-padded in batches of like length.

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malmen_cli.base.model import Base
+from malmen_cli.base import ranks
 from malmen_cli.base.prompts import Encoded
-from malmen_cli.base.sampling import sampled_texts
+from malmen_cli.base.sampling import own_probes
 from malmen_cli.editing.capture import edit_rows
 from malmen_cli.editing.editor import Editor, compact
 from malmen_cli.editing.methods.malmen import Captured, Malmen, gather
@@ -249,6 +249,7 @@ class Trainer:
             for rates in self.optimizer.param_groups:
                 rates["lr"] = rates["peak"] * self._schedule()
             self.optimizer.step()
+            ranks.same(*(parameter.data for parameter in editor.parameters()))
         return loss, sane
 
     def _take(self, state: dict[str, Tensor]) -> None:
@@ -287,11 +288,6 @@ class Trainer:
     def _prompts_to_preserve(self) -> list[Encoded]:
         prompts = [w for e in self.train for w in e.wordings()] + [p for e in self.train for p in e.probes]
         return random_sample(prompts, self.settings.preserved_prompts, self.seed)
-
-
-def own_probes(base: Base, seed: int) -> list[Encoded]:
-    """Prompts of the base's own sampled text, the locality probes of facts that bring none."""
-    return [text.answered(()) for text in sampled_texts(base, seed=seed)]
 
 
 def random_sample(items: Sequence[Any], size: int, seed: int) -> list[Any]:

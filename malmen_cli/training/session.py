@@ -156,7 +156,7 @@ def describe(base: Base, order: Order, trainer: Trainer, finished: Finished) -> 
     for score in scores:
         del score["seconds"]  # the same training has the same bytes
     return {
-        "base": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint} | base.task.record(),
+        "base": base.record(),
         "method": order.spec.method,
         "settings": asdict(replace(order.spec.settings, rounds=order.spec.settings.passes)),  # not a later default
         "training": asdict(order.training)
@@ -211,8 +211,9 @@ def _last_whole(out: Path, note: Callable[[str], None]) -> tuple[dict[str, Tenso
             raise
         found = load_editor(before)
         note(f"{error}; going on with the state before")
-    shutil.rmtree(kept, ignore_errors=True)
-    before.rename(kept)
+    if ranks.first():
+        shutil.rmtree(kept, ignore_errors=True)
+        before.rename(kept)
     return found
 
 

@@ -45,7 +45,7 @@ def test_says_what_was_changed_and_how_to_load_it(format: str, library: str) -> 
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
-        ("/home/somebody/models/mine", "mine"),
+        ("/users/somebody/models/mine", "mine"),
         ("./mine", "mine"),
         ("~/mine", "mine"),
         ("a/b/mine", "mine"),

@@ -55,16 +55,16 @@ def change_config(folder: Path, **settings: Any) -> None:
     ("variables", "expected"),
     [
         ({"MALMEN_HOME": "/m", "XDG_CACHE_HOME": "/x"}, "/m"),
-        ({"MALMEN_HOME": "~/m"}, "/home/user/m"),
+        ({"MALMEN_HOME": "~/m"}, "/users/me/m"),
         ({"MALMEN_HOME": "", "XDG_CACHE_HOME": "/x"}, "/x/malmen"),
-        ({"XDG_CACHE_HOME": "relative"}, "/home/user/.cache/malmen"),  # the XDG specification: ignore it
-        ({}, "/home/user/.cache/malmen"),
+        ({"XDG_CACHE_HOME": "relative"}, "/users/me/.cache/malmen"),  # the XDG specification: ignore it
+        ({}, "/users/me/.cache/malmen"),
     ],
 )
 def test_cache_home(monkeypatch, variables, expected):
     for name in ("MALMEN_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", "/home/user")
+    monkeypatch.setenv("HOME", "/users/me")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert cache_home() == Path(expected)
