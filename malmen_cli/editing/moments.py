@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from malmen_cli.base import ranks
 from malmen_cli.base.families import matrix_shape
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing.capture import all_keys
@@ -35,7 +36,8 @@ def second_moments(
     batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """`E[k k']` over every token of `sequences`, per module (dk, dk) fp32 in host memory; summed in fp64.
+    """`E[k k']` over every token of `sequences`, per module (dk, dk) fp32 in host memory; summed in fp64. Of several
+    ranks, each reads its share of them.
 
     progress: called with the number of tokens of every batch. Raises NumericsError naming a module whose keys are not
     finite, MemoryLimitError when one sequence does not fit.
@@ -45,15 +47,15 @@ def second_moments(
     for name in names:
         width = matrix_shape(runner.model.get_submodule(name))[0]
         sums[name] = torch.zeros(width, width, dtype=torch.float64, device=device)
-    count = 0
-    for keys in all_keys(runner, sequences, names, batch_size):
+    counts = {name: torch.zeros((), dtype=torch.long, device=device) for name in names}
+    for keys in all_keys(runner, [sequences[i] for i in ranks.share(len(sequences))], names, batch_size):
         for name in names:  # products of a batch in fp32: a batch is short, the sum over batches is not
             sums[name] += keys[name].mT @ keys[name]
-        rows = len(keys[names[0]])
-        count += rows
+            counts[name] += len(keys[name])  # an encoder's tokens are not its decoder's
         if progress is not None:
-            progress(rows)
+            progress(ranks.count() * len(keys[names[0]]))
+    ranks.add_up(*counts.values(), *sums.values())
     for name, total in sums.items():
         if not bool(torch.isfinite(total.sum())):
             raise NumericsError(f"{name}: its keys are not finite; load the base in another --dtype")
-    return {name: (total / max(count, 1)).float().cpu() for name, total in sums.items()}
+    return {name: (total / counts[name].clamp(min=1)).float().cpu() for name, total in sums.items()}

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from malmen_cli.base import ranks
 from malmen_cli.base.prompts import Encoded
-from malmen_cli.editing.capture import Rows, all_keys, edit_rows
+from malmen_cli.editing.capture import Rows, edit_rows
 from malmen_cli.editing.editor import Editor, Group
 from malmen_cli.editing.hypernetwork import Moments
 from malmen_cli.editing.methods.malmen import Captured, Malmen, gather
+from malmen_cli.editing.moments import second_moments
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.ridge import Preserved
 from malmen_cli.editing.shift import ModuleShift, Shift, applied
@@ -46,22 +47,9 @@ def preserve(editor: Editor, runner: Runner, sequences: Sequence[Encoded], batch
     rank = editor.settings.preserved_rank
     if rank == 0 or not sequences or editor.settings.aggregation == "sum":
         return
-    device = runner.base.device
-    moments = {
-        group.names: torch.zeros(len(group.names), group.dk, group.dk, dtype=torch.float64, device=device)
-        for group in editor.groups
-    }
-    counts = dict.fromkeys(moments, 0)
-    own = [sequences[i] for i in ranks.share(len(sequences))]
-    for keys in all_keys(runner, own, editor.names, batch_size):
-        for group in editor.groups:
-            counts[group.names] += len(keys[group.names[0]])
-            for place, name in enumerate(group.names):  # one at a time: a wide model's take gigabytes each
-                moments[group.names][place] += keys[name].mT @ keys[name]
-    totals = {names: torch.tensor(count, device=device) for names, count in counts.items()}
-    ranks.add_up(*totals.values(), *moments.values())
+    moments = second_moments(runner, sequences, editor.names, batch_size)
     for group in editor.groups:
-        preserved = Preserved.of(moments[group.names] / totals[group.names], rank)
+        preserved = Preserved.of(torch.stack([moments.pop(name) for name in group.names]), rank)
         group.preserved = preserved.to(group.network.mean.device)
 
 
