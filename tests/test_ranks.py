@@ -1,37 +1,32 @@
-"""Several processes on one run: the same result as one to 1e-5, one voice, and a clear end when one of them dies.
-
-Ranks are forked, so that nothing is imported again; they meet on the loopback device.
-"""
+"""Several processes on one run: the same result as one to 1e-5, one voice, and a clear end when one of them dies."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import socket
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_socket
 import torch
 from safetensors.torch import load_file
+from several import on_ranks, start
 
 from malmen_cli.artifact.editors import save_editor
 from malmen_cli.base import ranks
 from malmen_cli.base.families import block_index
 from malmen_cli.base.model import Base, load_base
 from malmen_cli.cli.errors import main
-from malmen_cli.edit import Ready, calibrated_identity, make_shift
+from malmen_cli.edit import Ready, Tuning, calibrated_identity, make_shift
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.replay import Runner
-from malmen_cli.editing.settings import MalmenSettings
+from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings
 from malmen_cli.exceptions import RankError
 from malmen_cli.facts.fact import Fact, Probe
 from malmen_cli.facts.files import write_facts
+from malmen_cli.insertion import Insertion, prepare
 from malmen_cli.scoring.protocols import collect
 from malmen_cli.training.facts import encode_examples
 from malmen_cli.training.loop import Trainer
@@ -51,60 +46,6 @@ def make_facts(count: int) -> list[Fact]:
         rephrases = (f"{place} has the capital",)
         facts.append(Fact(f"f{i}", f"The capital of {place} is", ANSWERS[i % 6], place, None, rephrases, (probe,)))
     return facts
-
-
-def free_port() -> int:
-    pytest_socket.enable_socket()
-    try:
-        with socket.socket() as listening:
-            listening.bind(("127.0.0.1", 0))
-            return int(listening.getsockname()[1])
-    finally:
-        pytest_socket.disable_socket(allow_unix_socket=True)
-
-
-def environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """What torchrun tells a rank."""
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return {name: str(value) for name, value in told.items()} | {"GLOO_SOCKET_IFNAME": "lo"}
-
-
-def start(work: Callable[[int], Any], count: int) -> list[tuple[Any, Any]]:
-    """Fork `count` ranks that each do `work(rank)`; processes, and pipes that their results come through."""
-    port, context, started = free_port(), multiprocessing.get_context("fork"), []
-
-    def child(rank: int, pipe: Any) -> None:
-        os.environ.update(environment(rank, count, port))
-        try:
-            pipe.send(work(rank))
-        except BaseException:  # noqa: BLE001  # told to the test, which fails on it
-            pipe.send(traceback.format_exc())
-        pipe.close()
-        os._exit(0)
-
-    for rank in range(count):
-        receiving, sending = context.Pipe(duplex=False)
-        process = context.Process(target=child, args=(rank, sending))
-        process.start()
-        sending.close()
-        started.append((process, receiving))
-    return started
-
-
-def on_ranks(work: Callable[[], Any], count: int = 2) -> list[Any]:
-    """What `work()` returned on every rank of a process group."""
-
-    def joined(rank: int) -> Any:
-        with ranks.joined():
-            assert (ranks.count(), ranks.first()) == (count, rank == 0)
-            return work()
-
-    results = []
-    for process, pipe in start(joined, count):
-        results.append(pipe.recv())
-        process.join(60)
-    assert not [result for result in results if isinstance(result, str)], results
-    return results
 
 
 # ---------------------------------------------------------------- the mechanism
@@ -183,6 +124,30 @@ def test_the_same_shift(tiny_model_factory: Callable, changes: dict[str, Any], c
     editor = stirred(base, settings)
     wanted = matrices(base, editor, make_facts(count))
     one, other = on_ranks(lambda: matrices(base, editor, make_facts(count)).numpy())
+    assert (one == other).all()
+    assert apart(torch.from_numpy(one), wanted) <= CLOSE
+
+
+@pytest.mark.parametrize("count", [1, 5], ids=["one-fact", "five-facts"])
+@pytest.mark.parametrize("method", ["memit", "rome", "finetune"])
+def test_the_same_shift_without_an_editor(tiny_model_factory: Callable, method: str, count: int) -> None:
+    """Targets that are looked for by shares, and mini-batches of which each rank runs a part; the last has one fact."""
+    base, facts = load_base(str(tiny_model_factory("gpt2", layers=3)), device="cpu"), make_facts(count)
+
+    def shift() -> Any:
+        ready: Insertion | Tuning = Tuning(FinetuneSettings(block=1, epochs=2, batch_facts=4, lr=1e-2))
+        if method != "finetune":
+            constraint = "equality" if method == "rome" else "least_squares"
+            blocks = (1,) if method == "rome" else (0, 1)
+            given = {"steps": 3, "prefixes": 1, "prefix_tokens": 2, "moment_weight": 10.0, "stats_tokens": 200}
+            settings = MemitSettings(blocks=blocks, constraint=constraint, **given)
+            ready = prepare(base, method, settings, facts, stats_from=None, seed=0, batch_size=3)
+        found = make_shift(base, ready, facts, batch_size=3)
+        return torch.cat([module.matrix().flatten() for module in found.modules.values()]).numpy()
+
+    wanted = torch.from_numpy(shift())
+    one, other = on_ranks(shift)
+    assert float(wanted.norm()) > 0
     assert (one == other).all()
     assert apart(torch.from_numpy(one), wanted) <= CLOSE
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from malmen_cli.base import ranks
 from malmen_cli.base.memory import halving
 from malmen_cli.base.prompts import Encoded, by_length, encode, encode_prompt, subject_end
 from malmen_cli.editing.replay import Runner
@@ -101,24 +102,32 @@ def find_targets(
     """The targets of `facts` behind `block`, in their order; on the device of the model.
 
     runner: from `block` on (or earlier), so that what is in front runs once a chunk. batch_size: prompts a forward;
-    a chunk is as many facts as have that many wordings. A chunk that does not fit in memory is halved.
+    a chunk is as many facts as have that many wordings. A chunk that does not fit in memory is halved. Of several
+    ranks, each looks for its share of the targets.
     Raises NumericsError naming the fact by number, MemoryLimitError when one fact does not fit.
     """
-    longest = [max(len(s.ids) for s in fact.sequences) for fact in facts]
+    # Fewer facts than ranks are not worth sharing: then every rank looks for all of them.
+    several = 1 < ranks.count() <= len(facts)
+    own = ranks.share(len(facts)) if several else range(len(facts))
+    longest = [max(len(s.ids) for s in facts[i].sequences) for i in own]
     size = max(1, batch_size // max((len(fact.sequences) for fact in facts), default=1))
     parts: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
 
     def run(indices: Sequence[int]) -> list[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
         found = _chunk(runner, block, [facts[i] for i in indices], indices, settings)
         if progress is not None:
-            progress(len(indices))
+            progress(len(indices) * ranks.count() if several else len(indices))
         return list(zip(indices, found.states, found.deltas, found.steps, found.losses, strict=True))
 
-    for indices in by_length(longest, size):
-        for part in halving(indices, run):
+    for places in by_length(longest, size):
+        for part in halving([own[place] for place in places], run):
             parts += part
-    columns = list(zip(*sorted(parts, key=lambda part: part[0]), strict=True))[1:]
-    return Targets(*(torch.stack(list(column)) for column in columns))
+    columns = [torch.stack(list(column)) for column in list(zip(*parts, strict=True))[1:]]
+    numbers = torch.tensor([part[0] for part in parts])
+    if several:
+        numbers, columns = ranks.collected(numbers), [ranks.collected(column) for column in columns]
+    order = numbers.argsort()
+    return Targets(*(column[order.to(column.device)] for column in columns))
 
 
 def _chunk(

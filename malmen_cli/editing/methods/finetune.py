@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from malmen_cli.base import ranks
 from malmen_cli.base.families import chosen_modules, matrix_shape, second_matrix, stacks
 from malmen_cli.base.memory import halving
 from malmen_cli.base.prompts import Encoded, by_length
@@ -107,19 +108,23 @@ class Finetune:
 
 
 def _gradient(runner: Runner, module: str, batch: Sequence[Encoded], batch_size: int) -> tuple[float, Tensor]:
-    """Mean over a mini-batch's facts of the loss, and its gradient (dk, dv) fp32, `batch_size` facts a forward."""
+    """Mean over a mini-batch's facts of the loss, and its gradient (dk, dv) fp32, `batch_size` facts a forward. Of
+    several ranks, each runs its share of the facts."""
+    own = ranks.share(len(batch))
 
     def run(indices: Sequence[int]) -> tuple[float, Tensor]:
-        loss, found = weight_gradients(runner, [batch[i] for i in indices], [module], fact_loss)
+        loss, found = weight_gradients(runner, [batch[own[i]] for i in indices], [module], fact_loss)
         return loss, found[module]
 
-    chunks = by_length([edit.length for edit in batch], batch_size)
-    total, gradient = 0.0, None
-    for loss, found in (part for indices in chunks for part in halving(indices, run)):
-        total += loss
-        gradient = found if gradient is None else gradient.add_(found)
-    assert gradient is not None
-    return total / len(batch), gradient.div_(len(batch))
+    leaf = runner.model.get_submodule(module)
+    gradient = torch.zeros(matrix_shape(leaf), device=leaf.weight.device)
+    total = torch.zeros((), dtype=torch.float64)
+    for indices in by_length([batch[i].length for i in own], batch_size):
+        for loss, found in halving(indices, run):
+            total += loss
+            gradient += found
+    ranks.add_up(total, gradient)
+    return float(total) / len(batch), gradient.div_(len(batch))
 
 
 def _check_finite(module: str, loss: float, gradient: Tensor, epoch: int) -> None:
