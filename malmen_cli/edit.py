@@ -213,18 +213,19 @@ def make_shift(
     memory: bytes that the outputs of the blocks in front may take between two passes; what is more goes to disk.
     note: called with every epoch's loss of fine-tuning, and with what MEMIT found.
     """
+    keeping = _keeping(base, memory)
     if isinstance(ready, Insertion):
-        return memit_shift(base, ready, facts, batch_size=batch_size, progress=progress, note=note)
+        return memit_shift(base, ready, facts, batch_size=batch_size, keeping=keeping, progress=progress, note=note)
     edits = encode_edits(base, facts, end_of_text=ready.settings.end_of_text)
     if isinstance(ready, Tuning):
         module = tuned_module(base.model, ready.settings)
         tuned = Finetune(ready.settings, seed=ready.seed)
-        runner = Runner(base, block_index(base.model, module), **_keeping(base, memory))
+        runner = Runner(base, block_index(base.model, module), **keeping)
         return tuned.shift(runner, module, edits, batch_size=batch_size, progress=progress, note=note)
     # The blocks in front of the first edited one are the same in every pass: their output is kept, within bounds.
     again = ready.settings.passes > 1
     first = min(block_index(base.model, name) for name in ready.editor.names) if again else 0
-    runner = Runner(base, first, **_keeping(base, memory))
+    runner = Runner(base, first, **keeping)
     method, ids = Malmen(ready.editor), [fact.id for fact in facts]
     shift = method.shift(runner, edits, ids, batch_size=batch_size, keep=again, progress=progress)
     for _ in range(1, ready.settings.passes):

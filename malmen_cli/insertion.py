@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from malmen_cli.base.model import Base
@@ -89,10 +89,16 @@ def memit_shift(
     facts: Sequence[Fact],
     *,
     batch_size: int,
+    keeping: Mapping[str, int] | None = None,
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Shift:
-    """All facts in one shift. Raises FactsError, NumericsError, MemoryLimitError."""
+    """All facts in one shift. Raises FactsError, NumericsError, MemoryLimitError.
+
+    keeping: where a Runner keeps what the blocks in front gave.
+    """
     wordings = encode_wordings(base, facts, ready.settings, ready.prefixes)
     method = Memit(ready.settings, ready.statistics)
-    return method.shift(base, ready.modules, wordings, batch_size=batch_size, progress=progress, note=note)
+    return method.shift(
+        base, ready.modules, wordings, batch_size=batch_size, keeping=keeping, progress=progress, note=note
+    )

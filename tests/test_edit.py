@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -388,6 +388,23 @@ def test_what_is_kept_on_disk_gives_the_same_bits(base: Base, count: int, monkey
     assert max(spilled) == 0
     found = make_shift(base, ready, facts, batch_size=4, memory=0)
     assert max(spilled) == count - 1  # all but the one that stands in memory
+    assert all(torch.equal(m.matrix(), wanted.modules[name].matrix()) for name, m in found.modules.items())
+
+
+def test_memit_keeps_on_disk_what_memory_is_not_for(
+    tiny_model_factory: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_base(str(tiny_model_factory("gpt2", layers=3)), device="cpu")
+    facts = [replace(fact, subject="Peru") for fact in some_facts(6)]
+    given = {"blocks": (1,), "steps": 2, "prefixes": 0, "moment_weight": 10.0, "stats_tokens": 100}
+    ready = prepare(base, "memit", MemitSettings(**given), facts, stats_from=None, seed=0, batch_size=4)
+    spilled: list[int] = []
+    keep = Spill.add
+    monkeypatch.setattr(Spill, "add", lambda self, states: (keep(self, states), spilled.append(len(self))))
+    wanted = make_shift(base, ready, facts, batch_size=4)
+    assert max(spilled, default=0) == 0
+    found = make_shift(base, ready, facts, batch_size=4, memory=0)
+    assert max(spilled) > 0
     assert all(torch.equal(m.matrix(), wanted.modules[name].matrix()) for name, m in found.modules.items())
 
 

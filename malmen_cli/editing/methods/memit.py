@@ -6,7 +6,7 @@ a block takes up (see constraints.py); ROME's takes one block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,26 +101,27 @@ class Memit:
         facts: Sequence[Wordings],
         *,
         batch_size: int,
+        keeping: Mapping[str, int] | None = None,
         progress: Callable[[int], None] | None = None,
         note: Callable[[str], None] = lambda text: None,
     ) -> Shift:
         """The shift of the modules `names`, first block first, that makes all `facts`; in host memory.
 
         The model is left bitwise as it was, however this ends. Up to dk facts it is kept as exact factors; beyond, it
-        is dense. batch_size: prompts a forward. progress: called with the number of facts whose targets were
-        found. note: called with what was found.
+        is dense. batch_size: prompts a forward. keeping: where a Runner keeps what the blocks in front gave. progress:
+        called with the number of facts whose targets were found. note: called with what was found.
         Raises SpecError where AlphaEdit's threshold leaves nothing free, NumericsError naming fact or module,
         MemoryLimitError when one fact does not fit.
         """
         blocks = [block_index(base.model, name) for name in names]
         for name in names:  # before the long part
             check_moment(self.settings, self.statistics.moments[name].to(base.device), name)
-        targets = find_targets(
-            Runner(base, blocks[-1]), blocks[-1], facts, self.settings, batch_size=batch_size, progress=progress
-        )
+        keeping = keeping or {}
+        front = Runner(base, blocks[-1], **keeping)
+        targets = find_targets(front, blocks[-1], facts, self.settings, batch_size=batch_size, progress=progress)
         loss, steps = float(targets.losses.mean()), int(targets.steps.max())
         said = f"targets at {loss:.3f} nats a token, after at most {steps} steps"
-        runner = Runner(base, blocks[0])
+        runner = Runner(base, blocks[0], **keeping)
         modules: dict[str, ModuleShift] = {}
         residuals = []
         for left, name in zip(range(len(names), 0, -1), names, strict=True):
