@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from malmen_cli.base.model import Base
-from malmen_cli.edit import Ready, Tuning, calibrated_identity, find_ready, make_shift
+from malmen_cli.edit import Ready, Tuning, calibrated_identity, find_ready, finishing, make_shift
 from malmen_cli.editing.methods import method_entry
 from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings
 from malmen_cli.editing.shift import Shift
@@ -67,4 +67,6 @@ def shift_of(base: Base, method: Method, facts: Sequence[Fact], *, seed: int, ba
     if ready is None:
         assert isinstance(method.settings, MalmenSettings)
         ready = calibrated_identity(base, facts, method.settings, seed=seed, batch_size=batch_size)
+    elif isinstance(ready, Ready):
+        ready = finishing(base, ready, facts)
     return make_shift(base, ready, facts, batch_size=batch_size)

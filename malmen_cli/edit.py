@@ -19,6 +19,7 @@ from malmen_cli.base.families import block_index
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded, encode_each
 from malmen_cli.base.sampling import sampled_texts
+from malmen_cli.editing.capture import row_count
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.methods.finetune import Finetune, tuned_module
 from malmen_cli.editing.methods.malmen import Malmen
@@ -37,17 +38,19 @@ CALIBRATION_FACTS = 1024  # of the given facts, edited at once while an identity
 JUDGED_FACTS = 64  # of those, whose wordings and locality probes decide
 IDENTITY_LOCALITY_WEIGHT = 3.0  # the score is a harmonic mean: what moved costs more than what was not learned
 CONTINUATION = 6  # tokens of the base's own text after a locality prompt that calibration tries to keep
+FEW = 0.25  # rows for each number of a key, up to which a trained editor takes half as many passes again
 
 
 @dataclass(frozen=True)
 class Ready:
-    """An editor that fits the base, and where it came from."""
+    """An editor that fits the base, and where it came from. rounds_asked: whether the user said how many passes."""
 
     editor: Editor
     method: str
     source: Path | None = None
     sha256: str | None = None
     calibration: Calibration | None = None
+    rounds_asked: bool = False
 
     @property
     def settings(self) -> MalmenSettings:
@@ -98,7 +101,7 @@ def ready_for(
     ready = trained_or_none(base, spec, editor)
     if ready is not None:
         note(f"editor: {ready.source} ({ready.method})")
-        return ready
+        return finishing(base, ready, facts)
     if spec.method != "identity":
         note(
             f"no trained editor for {base.name}: calibrating an untrained one on these facts "
@@ -145,7 +148,23 @@ def find_ready(base: Base, spec: Spec, folder: Path | None) -> Ready | None:
     settings = _with_spec(settings, spec, place)
     editor = Editor.restored(base.model, settings, tensors, where=str(place))
     digest = str(description["files"]["editor.safetensors"])
-    return Ready(editor, trained, place, digest)
+    return Ready(editor, trained, place, digest, rounds_asked="rounds" in spec.given)
+
+
+def finishing(base: Base, ready: Ready, facts: Sequence[Fact]) -> Ready:
+    """The trained editor with half as many passes again where the facts are few.
+
+    Then two more passes teach what the first four left over, and what is learned hardly pushes; with many rows they
+    would go on where the weights have no room left (docs/editor-recipe.md).
+    """
+    editor, settings = ready.editor, ready.settings
+    if ready.rounds_asked or settings.passes == 1 or len(facts) > FEW * min(group.dk for group in editor.groups):
+        return ready
+    edits = encode_edits(base, facts, end_of_text=settings.end_of_text)
+    if any(row_count(edits, settings.tokens, group.reads) > FEW * group.dk for group in editor.groups):
+        return ready
+    longer = replace(settings, rounds=settings.passes + settings.passes // 2)
+    return replace(ready, editor=Editor(longer, editor.groups, editor.layouts))
 
 
 def _with_spec(settings: MalmenSettings, spec: Spec, place: Path) -> MalmenSettings:

@@ -10,7 +10,7 @@ from malmen_cli.artifact.output import check_disk, check_output, plan_bytes
 from malmen_cli.base.families import chosen_modules, matrix_shape, stack_of
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded
-from malmen_cli.edit import encode_edits, trained_or_none
+from malmen_cli.edit import encode_edits, finishing, trained_or_none
 from malmen_cli.editing.capture import row_count
 from malmen_cli.editing.methods.finetune import tuned_module
 from malmen_cli.editing.methods.memit import memit_modules
@@ -74,7 +74,7 @@ def outlook(
         using = f"fine-tuning, at most {spec.settings.epochs} epochs in batches of {spec.settings.batch_facts} facts"
     elif (ready := trained_or_none(base, spec, editor)) is not None:
         found = ready.source
-        work = plan(base, facts, ready.settings, batch_size)
+        work = plan(base, facts, finishing(base, ready, facts).settings, batch_size)
         using = f"editor {found}"
     else:
         work = plan(base, facts, replace(spec.settings, network="identity"), batch_size)

@@ -27,9 +27,12 @@ from malmen_cli.edit import (
     calibrated_identity,
     encode_edits,
     find_ready,
+    finishing,
     make_shift,
     manifest,
+    ready_for,
 )
+from malmen_cli.editing.capture import row_count
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.methods.malmen import Malmen
 from malmen_cli.editing.replay import Runner
@@ -339,6 +342,33 @@ def test_one_fact_of_one_token_moves_every_module(base: Base, settings: dict[str
 def with_rounds(ready: Ready, rounds: int) -> Ready:
     editor = ready.editor
     return replace(ready, editor=Editor(replace(editor.settings, rounds=rounds), editor.groups, editor.layouts))
+
+
+def test_few_facts_have_half_as_many_passes_again(base: Base) -> None:
+    """Few: a row for every four numbers of a key, at most. Unless the user says how many, or one is enough."""
+    settings, passes = replace(SETTINGS, rounds=None), {}
+    ready = Ready(Editor.fresh(base.model, settings), "malmen")
+    assert [group.dk for group in ready.editor.groups] == [64]
+    for count in (1, 2, 3, 4, 5, 8, 17, 90):
+        rows = row_count(encode_edits(base, some_facts(count), end_of_text=True), settings.tokens)
+        passes[rows] = finishing(base, ready, some_facts(count)).settings.passes
+    assert passes == {rows: 6 if rows <= 16 else 4 for rows in passes}
+    assert set(passes.values()) == {4, 6}
+    asked = replace(ready, rounds_asked=True)
+    assert finishing(base, asked, some_facts(1)) is asked
+    once = Ready(Editor.fresh(base.model, replace(settings, rounds=1)), "malmen")
+    assert finishing(base, once, some_facts(1)) is once
+    assert ready.settings.rounds is None
+
+
+def test_the_spec_says_how_many_passes_and_nobody_else(base: Base, tmp_path: Path) -> None:
+    editor = Editor.fresh(base.model, replace(SETTINGS, rounds=4))
+    said = {"base": {"fingerprint": base.fingerprint}, "method": "malmen", "settings": vars(editor.settings)}
+    save_editor(tmp_path / "editor", editor.state(), said, force=False)
+    for rounds, given, wanted in ((None, {}, 6), (4, {"rounds": 4}, 4), (2, {"rounds": 2}, 2)):
+        spec = Spec(settings=replace(SETTINGS, rounds=rounds), given=given)
+        told: dict[str, Any] = {"editor": tmp_path / "editor", "stats_from": None, "seed": 0, "batch_size": 4}
+        assert ready_for(base, spec, some_facts(1), **told).settings.passes == wanted
 
 
 @pytest.mark.parametrize("rounds", [1, 2])

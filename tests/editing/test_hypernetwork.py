@@ -223,6 +223,29 @@ def test_no_row_pushes_harder_than_the_limit_of_its_module_and_role() -> None:
     torch.testing.assert_close(net.value_shifts(keys, gradients, roles), -found, rtol=1e-12, atol=0)
 
 
+def test_a_row_that_is_learned_pushes_in_proportion_to_what_is_left() -> None:
+    """The network's bias answers a gradient of zero as well; the row's own share of a tenth of the usual one counts."""
+    net, roles = stirred(), torch.tensor([0, 1, 2, 1, 0])
+    keys, gradients = normal(M, 5, DK, seed=8), normal(M, 5, DV, seed=9)
+    usual = (net.mean[..., DK:].square() + net.std[..., DK:].square()).sum(-1).sqrt()[:, roles, None]
+    unit = gradients / gradients.norm(dim=-1, keepdim=True) * usual
+
+    def shifts(share: float) -> Tensor:
+        return net.value_shifts(keys, share * unit, roles).detach()
+
+    none, faint, edge, beyond = (shifts(share) for share in (0.0, 0.02, 0.1, 0.1000001))
+    assert float(none.abs().max()) == 0
+    pseudo = net.features(keys, torch.zeros_like(gradients), roles)[1]
+    assert float(pseudo.detach().norm(dim=-1).min()) > 0.1
+    torch.testing.assert_close(edge, beyond, rtol=1e-5, atol=1e-6)  # no step where it begins
+    sizes, edges = faint.norm(dim=-1), edge.norm(dim=-1)
+    assert bool((sizes < 0.4 * edges).all())
+    whole = network(0)  # without blocks, and so without a bias, it is linear in the gradient already
+    torch.testing.assert_close(
+        whole.value_shifts(keys, 1e-6 * gradients, roles), 1e-6 * whole.value_shifts(keys, gradients, roles)
+    )
+
+
 def test_before_calibration_there_is_no_limit() -> None:
     keys, gradients = 1e6 * normal(M, 5, DK, seed=8), normal(M, 5, DV, seed=9)
     found = network(0).value_shifts(keys, gradients, role(0, 5))
