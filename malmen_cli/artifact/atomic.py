@@ -121,12 +121,12 @@ class Staging:
             if name not in self._checked and disk.file_sha256(self._path(name)) != digest:
                 self.refuse_damaged(name)
         for folder in {self._path(name).parent for name in self.sha256} | {self._folder}:
-            disk.sync_folder(folder)
+            disk.sync_at(folder)
         with disk.exclusive(self.out.parent):
             refuse_existing(self.out, force=self._force)
             (self._folder / LOCK).unlink()
             place(self._folder, self.out)
-            disk.sync_folder(self.out.parent)
+            disk.sync_at(self.out.parent)
             if self._previous is not None and self._folder.exists():
                 shutil.rmtree(self._previous, ignore_errors=True)
                 disk.rename(self._folder, self._previous)
@@ -165,6 +165,6 @@ def write_file(path: Path, data: bytes, *, force: bool = True) -> None:
                     disk.rename(temporary, path)
             finally:
                 os.close(descriptor)
-            disk.sync_folder(path.parent)
+            disk.sync_at(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

@@ -63,9 +63,9 @@ def sync(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def sync_folder(folder: Path) -> None:
-    """The names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_at(path: Path) -> None:
+    """What is at `path` survives a power cut: the bytes of a file, the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         sync(descriptor)
     finally:

@@ -6,13 +6,16 @@ costs time and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from malmen_cli.artifact.atomic import write_file
+from malmen_cli.exceptions import OutputError
 
 HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -43,7 +46,8 @@ def cached_digest(files: Iterable[Path], compute: Callable[[], str]) -> str:
         return text
     digest = compute()
     if time.time() - youngest > RACY_SECONDS and _stamp(watched)[0] == key:
-        _keep(kept, digest)
+        with contextlib.suppress(OutputError):  # a read-only or full cache is no error
+            write_file(kept, digest.encode("ascii"))
     return digest
 
 
@@ -59,18 +63,3 @@ def _stamp(files: Iterable[Path]) -> tuple[str, float]:
         )
         youngest = max(youngest, stat.st_mtime)
     return digest.hexdigest(), youngest
-
-
-def _keep(path: Path, text: str) -> None:
-    """Write whole or not at all; a read-only or full cache is no error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".malmen-", dir=path.parent)
-    except OSError:
-        return
-    try:
-        with os.fdopen(handle, "w", encoding="ascii") as stream:
-            stream.write(text)
-        os.replace(name, path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)

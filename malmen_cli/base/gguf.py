@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from malmen_cli.artifact import disk
+from malmen_cli.artifact.atomic import write_file
 from malmen_cli.base.cache import cache_home, cached_digest
 from malmen_cli.base.gguf_header import check_gguf
 from malmen_cli.base.weights import read_index
-from malmen_cli.exceptions import CheckpointError
+from malmen_cli.exceptions import CheckpointError, OutputError
 
-CHUNK_BYTES = 8 * 1024**2
+PARAMETER_BYTES = 2  # in bfloat16
 
 
 def converted(gguf: Path, *, note: Callable[[str], None] | None = None) -> Path:
@@ -39,6 +41,8 @@ def converted(gguf: Path, *, note: Callable[[str], None] | None = None) -> Path:
                 if note is not None:
                     note(f"converting {gguf.name} to safetensors, once, about 30 s for 135M parameters")
                 _convert(gguf, target)
+    except OutputError as error:
+        raise CheckpointError(f"{error}; it is MALMEN_HOME that names the folder") from None
     except OSError as error:
         raise CheckpointError(
             f"{target}: cannot be written: {error.strerror or error}; set MALMEN_HOME to a folder with room"
@@ -67,6 +71,7 @@ def _alone(target: Path) -> Iterator[None]:
 
 
 def _convert(gguf: Path, target: Path) -> None:
+    disk.check_free(target, PARAMETER_BYTES * check_gguf(gguf))
     work = Path(tempfile.mkdtemp(prefix=f".malmen-{target.name}-", dir=target.parent))
     try:
         source, built = work / "source", work / "built"
@@ -76,9 +81,10 @@ def _convert(gguf: Path, target: Path) -> None:
         _load_and_save(gguf, source, built)
         _clear_quantization(built / "config.json")
         read_index(built)
-        for file in built.iterdir():
-            _flush(file)
-        os.replace(built, target)
+        for path in (*built.rglob("*"), built):
+            disk.sync_at(path)
+        disk.rename(built, target)
+        disk.sync_at(target.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -87,7 +93,6 @@ def _load_and_save(gguf: Path, source: Path, built: Path) -> None:
     """Read `source/model.gguf` with transformers and write the folder `built`; `gguf` is for messages."""
     from safetensors import SafetensorError
 
-    check_gguf(gguf)
     try:
         with _quiet():
             model, tokenizer, absent = _load(source)
@@ -146,9 +151,4 @@ def _quiet() -> Iterator[None]:
 def _clear_quantization(config: Path) -> None:
     settings = json.loads(config.read_text(encoding="utf-8"))
     if settings.pop("quantization_config", None) is not None:
-        config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
+        write_file(config, (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from io import BufferedReader
+from math import prod
 from pathlib import Path
 
 from malmen_cli.base.config import MAX_SIZE
@@ -26,17 +27,19 @@ _TEXT, _ARRAY = 8, 9
 _SIZES = ("_count", "_length", "_dimension", "_size", ".count")
 
 
-def check_gguf(file: Path) -> None:
-    """Raise CheckpointError for a header that is not sound, and for sizes that no such file could fill."""
+def check_gguf(file: Path) -> int:
+    """How many parameters the file says it has. Raises CheckpointError for a header that is not sound, and for sizes
+    that no such file could fill."""
     try:
         with file.open("rb") as stream:
             numbers, tensors = _Header(file, stream).read()
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from None
     for key, value in numbers.items():
-        most = tensors if key.endswith(".block_count") else MAX_SIZE
+        most = len(tensors) if key.endswith(".block_count") else MAX_SIZE
         if key.endswith(_SIZES) and not key.startswith("general.") and not 0 <= value <= most:
             raise CheckpointError(f"{file}: {shown(key)} is {value}, above {most}; do not use this file")
+    return sum(tensors)
 
 
 class _Header:
@@ -46,8 +49,8 @@ class _Header:
         self.file, self.stream = file, stream
         self.left = min(file.stat().st_size, MAX_HEADER_BYTES)
 
-    def read(self) -> tuple[dict[str, int], int]:
-        """The whole numbers among the keys, and the number of tensors."""
+    def read(self) -> tuple[dict[str, int], list[int]]:
+        """The whole numbers among the keys, and the number of parameters of each tensor."""
         if self._take(4) != MAGIC:
             raise CheckpointError(f"{self.file}: not a GGUF file; fetch it again")
         version = self._number(4)
@@ -59,9 +62,7 @@ class _Header:
             raise self._broken(f"it claims {tensors} tensors")
         self._refuse_many(keys, 13, "keys")
         found = dict(pair for _ in range(keys) for pair in self._key())
-        for _ in range(tensors):
-            self._tensor()
-        return found, tensors
+        return found, [self._tensor() for _ in range(tensors)]
 
     def _key(self) -> Iterator[tuple[str, int]]:
         name = self._text()
@@ -89,11 +90,13 @@ class _Header:
         else:
             raise self._broken(f"{shown(name)} has a value of type {kind}, which there is not")
 
-    def _tensor(self) -> None:
+    def _tensor(self) -> int:
         name, dimensions = self._text(), self._number(4)
         if dimensions > MAX_DIMENSIONS:
             raise self._broken(f"tensor {shown(name)} has {dimensions} dimensions")
-        self._skip(8 * dimensions + 4 + 8)
+        size = prod(self._number(8) for _ in range(dimensions))
+        self._skip(4 + 8)  # type and offset
+        return size
 
     def _refuse_many(self, count: int, least: int, what: str) -> None:
         """`count` things of at least so many bytes each must fit in what is left."""

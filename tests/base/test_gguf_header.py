@@ -51,7 +51,14 @@ SOUND = header(
 
 def test_a_sound_header(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(SOUND + bytes(100))
-    check_gguf(tmp_path / "m.gguf")
+    assert check_gguf(tmp_path / "m.gguf") == 1
+
+
+def test_parameters_are_counted(tmp_path: Path) -> None:
+    """Of a tensor the product of its dimensions, of a file the sum: what disk its conversion takes."""
+    wide = text("w") + struct.pack("<I", 2) + struct.pack("<QQ", 3, 5) + struct.pack("<IQ", 0, 0)
+    (tmp_path / "m.gguf").write_bytes(header(tensors=(wide, tensor())) + bytes(100))
+    assert check_gguf(tmp_path / "m.gguf") == 16
 
 
 @pytest.mark.slow  # reads a vocabulary of 49,152 words, value by value

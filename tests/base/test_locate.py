@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_file import write_gguf
 
 from malmen_cli.base import gguf as gguf_module
 from malmen_cli.base import locate as locate_module
@@ -385,56 +386,6 @@ def test_the_alias_is_found_without_importing_its_package(tmp_path, monkeypatch)
 
 # ---------------------------------------------------------------- .gguf
 
-WIDTH, MLP, WORDS = 64, 96, ["<s>", "</s>", "a", "b", "c", "d", "Ġ", "ab", "cd", "Ġa", "Ġb", "Ġc"]
-
-
-def write_gguf(path: Path, *, without: str = "", layers: int = 1) -> dict[str, Any]:
-    """A llama of one layer with Q4_1 matrices, as llama.cpp writes them; returns the values its blocks stand for."""
-    import numpy as np
-
-    gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_name("tiny")
-    writer.add_block_count(layers)
-    writer.add_context_length(64)
-    writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(MLP)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(WORDS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(WORDS)
-    writer.add_token_types([3, 3] + [1] * (len(WORDS) - 2))
-    writer.add_token_merges(["a b", "c d", "Ġ a", "Ġ b", "Ġ c"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_chat_template("{{ messages }}")
-    random = np.random.default_rng(0)
-    shapes = {"token_embd": (len(WORDS), WIDTH), "output": (len(WORDS), WIDTH), "output_norm": (WIDTH,)}
-    block = {"attn_norm": (WIDTH,), "ffn_norm": (WIDTH,), "ffn_gate": (MLP, WIDTH), "ffn_up": (MLP, WIDTH)}
-    block |= {"ffn_down": (WIDTH, MLP)} | {f"attn_{name}": (WIDTH, WIDTH) for name in ("q", "k", "v", "output")}
-    shapes |= {f"blk.0.{name}": shape for name, shape in block.items()}
-    values = {}
-    kind = gguf.GGMLQuantizationType.Q4_1
-    for name, shape in shapes.items():
-        value = random.standard_normal(shape).astype(np.float32)
-        if name == without:
-            continue
-        if len(shape) == 2:
-            packed = gguf.quants.quantize(value, kind)
-            writer.add_tensor(name + ".weight", packed, raw_dtype=kind)
-            value = gguf.quants.dequantize(packed, kind)
-        else:
-            writer.add_tensor(name + ".weight", value)
-        values[name] = value
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return values
-
 
 def test_a_gguf_file_becomes_a_checkpoint_in_bfloat16(tmp_path, capfd):
     """Values, tokenizer and chat template survive; nothing of the quantization does; nothing is printed."""
@@ -496,11 +447,11 @@ def fake_build(calls: list[Path]) -> Any:
 
 @pytest.fixture
 def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[Path]]:
-    """A file that starts like a GGUF, a converter that does as little, and its calls."""
+    """A GGUF that holds nothing, a converter that does as little, and its calls."""
     calls: list[Path] = []
     monkeypatch.setattr(gguf_module, "_load_and_save", fake_build(calls))
     file = tmp_path / "m.gguf"
-    file.write_bytes(b"GGUF and more")
+    file.write_bytes(b"GGUF\3\0\0\0" + bytes(16))
     return file, calls
 
 

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from malmen_cli.artifact import disk
 from malmen_cli.base import cache, header, weights
 from malmen_cli.base.header import read_header
 from malmen_cli.base.weights import INDEX_FILE, SINGLE_FILE, TensorEntry, fingerprint, read_index, read_tensor
@@ -697,7 +698,7 @@ def test_a_disk_that_fills_up_leaves_no_half_entry(tmp_path, digests, monkeypatc
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(disk, "rename", full)
     assert len(fingerprint(folder)) == 64
     assert list((tmp_path / "home" / "fingerprints").iterdir()) == []
 

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_file import write_gguf
 
 from malmen_cli.artifact import disk
+from malmen_cli.base.weights import fingerprint
 
 OPERATIONS = ("create", "write", "copy", "sync", "rename", "exchange")
 FAULTS: dict[str, tuple[BaseException, int]] = {  # what happens, and the exit code a user sees
@@ -114,6 +116,14 @@ def fact_lines(count: int) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
+def remember(base: Path) -> None:
+    """Have the base's digest kept now, so that no run writes it: it is too young for that when the test begins."""
+    for file in base.iterdir():
+        os.utime(file, (1_600_000_000, 1_600_000_000))
+    fingerprint(base)
+    assert (Path(os.environ["MALMEN_HOME"]) / "fingerprints").is_dir()
+
+
 @pytest.fixture
 def make_writer(tmp_path: Path, tiny_model_factory: Callable[..., Path]) -> Callable[..., Writer]:
     """`make_writer(name, out="o")`: a command that writes, to run as `malmen *argv`, with outputs in a folder `out`."""
@@ -126,6 +136,7 @@ def make_writer(tmp_path: Path, tiny_model_factory: Callable[..., Path]) -> Call
         (facts.parent / f"{name}.yaml").write_text(text, encoding="utf-8")
     tuning, statistics, training = (str(facts.parent / f"{name}.yaml") for name in specs)
     home = Path(os.environ["MALMEN_HOME"])
+    remember(Path(base))
 
     def make(name: str, out: str = "o") -> Writer:
         place = tmp_path / out / "made"
@@ -134,6 +145,8 @@ def make_writer(tmp_path: Path, tiny_model_factory: Callable[..., Path]) -> Call
         apply = ["apply", base, str(facts), "--spec", tuning, "--score", "0", "-o", str(place)]
         train = ["train-editor", base, str(facts), "--spec", training, "--batch-size", "8"]
         evaluate = ["eval", base, str(facts), "--limit", "2", "--no-greedy"]
+        if name == "gguf" and not (file := facts.with_name("tiny.gguf")).exists():
+            write_gguf(file)
         return {
             "merged": Writer(apply, [place]),
             "delta": Writer([*apply, "--format", "delta"], [place]),
@@ -142,6 +155,7 @@ def make_writer(tmp_path: Path, tiny_model_factory: Callable[..., Path]) -> Call
             "install": Writer(train, [home / "editors"], ["--resume"]),
             "convert": Writer(["facts", "convert", str(facts), "-o", str(lines)], [lines]),
             "stats": Writer(["stats", base, "--spec", statistics], [home / "statistics"]),
+            "gguf": Writer(["eval", str(facts.with_name("tiny.gguf")), str(facts), "--dry-run"], [home / "bases"], []),
             "eval": Writer([*evaluate, "--per-fact", str(lines), "--plot", str(picture)], [lines, picture]),
         }[name]
 

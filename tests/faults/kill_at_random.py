@@ -15,11 +15,14 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure  # noqa: F401  # imported once, here, and not in every fork
+import gguf  # noqa: F401  # imported once, here, and not in every fork
+import matplotlib.figure  # noqa: F401
 import torch
 import transformers
 
@@ -40,7 +43,7 @@ def content(path: Path) -> Any:
 
 def leftovers(outputs: list[Path]) -> list[Path]:
     folders = {output.parent for output in outputs if output.parent.is_dir()}
-    return [path for folder in folders for path in folder.rglob(".malmen-*")]
+    return [path for folder in folders for path in folder.rglob(".malmen-*") if path.suffix != ".lock"]
 
 
 def remove(outputs: list[Path]) -> None:
@@ -57,16 +60,19 @@ def start(argv: list[str], alarm: float | None = None) -> int:
         log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        began, created, create = time.monotonic(), [], disk.create
+        began, created = time.monotonic(), []
 
-        def watched(path: Path) -> int:
-            created.append(time.monotonic())
-            if alarm is not None and len(created) == 1:
-                # Nobody handles SIGALRM: the kernel ends the process there and then, as it does for SIGKILL.
-                signal.setitimer(signal.ITIMER_REAL, max(alarm, 1e-6))
-            return create(path)
+        def watched(create: Callable[..., Any]) -> Callable[..., Any]:
+            def step(*arguments: Any, **options: Any) -> Any:
+                created.append(time.monotonic())
+                if alarm is not None and len(created) == 1:
+                    # Nobody handles SIGALRM: the kernel ends the process there and then, as it does for SIGKILL.
+                    signal.setitimer(signal.ITIMER_REAL, max(alarm, 1e-6))
+                return create(*arguments, **options)
 
-        disk.create = watched
+            return step
+
+        disk.create, tempfile.mkdtemp = watched(disk.create), watched(tempfile.mkdtemp)
         code = main([*argv, "-q"])
         ended = time.monotonic()
         TOOK.write_text(json.dumps([ended - began, ended - min(created, default=ended)]))

@@ -15,8 +15,8 @@ import pytest
 from malmen_cli.artifact import disk
 
 SCRIPT = Path(__file__).with_name("kill_at_random.py")
-WRITERS = ("merged", "delta", "adapter", "train-editor", "convert", "stats", "eval")
-TRIALS = 30 if os.environ.get("MALMEN_FAULTS") == "full" else 1  # 210 kills, or 7
+WRITERS = ("merged", "delta", "adapter", "train-editor", "convert", "stats", "eval", "gguf")
+TRIALS = 30 if os.environ.get("MALMEN_FAULTS") == "full" else 1  # 240 kills, or 8
 
 
 @pytest.mark.slow  # imports torch in a process of its own, which then runs every command four times
