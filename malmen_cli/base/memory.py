@@ -9,18 +9,19 @@ import torch
 
 from malmen_cli.exceptions import MemoryLimitError
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 _HOST_ALLOCATOR = "can't allocate memory"  # torch's CPU allocator says so in a plain RuntimeError
 
 
-def halving(indices: Sequence[int], run: Callable[[Sequence[int]], Result]) -> Iterator[Result]:
-    """`run(indices)`, in halves where memory runs out. Raises MemoryLimitError when a single index is too much."""
+def halving(items: Sequence[Item], run: Callable[[Sequence[Item]], Result]) -> Iterator[Result]:
+    """`run(items)`, in halves where memory runs out. Raises MemoryLimitError when a single item is too much."""
     try:
-        result = run(indices)
+        result = run(items)
     except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):
             raise
-        if len(indices) == 1:
+        if len(items) == 1:
             reason = next(iter(str(error).splitlines()), "")
             raise MemoryLimitError(
                 f"out of memory on a single prompt ({reason}); try --device cpu or a smaller --dtype"
@@ -29,9 +30,15 @@ def halving(indices: Sequence[int], run: Callable[[Sequence[int]], Result]) -> I
         yield result
         return
     torch.cuda.empty_cache()
-    middle = len(indices) // 2
-    yield from halving(indices[:middle], run)
-    yield from halving(indices[middle:], run)
+    middle = len(items) // 2
+    yield from halving(items[:middle], run)
+    yield from halving(items[middle:], run)
+
+
+def chunked(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """`items` in parts of `size`, the last one with what is left."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def _out_of_memory(error: Exception) -> bool:

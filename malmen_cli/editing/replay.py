@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from malmen_cli.base.batch import Batch
 from malmen_cli.base.families import Stack, stacks
+from malmen_cli.base.memory import chunked, halving
 from malmen_cli.base.model import Base, logits_at
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.base.spill import Spill
@@ -61,19 +62,22 @@ class Runner:
         self._extras = [-1] * len(self.blocks)  # how much each returns beside hidden states; -1: they come alone
         self._givers: dict[int, list[Any]] = {}  # outputs of the blocks that run for what they hand on
         self._states: OrderedDict[Key, Kept] = OrderedDict()
-        self._company: dict[Key, tuple[Encoded, ...]] = {}
+        self._company: dict[Key, Sequence[Encoded]] = {}
         self._free = cache_bytes
         self._spill = Spill(spill_bytes)
         self.replaying = self._verify() and first > 0  # in any case: it also notes what the blocks return
 
-    def keep_company(self, sequences: Sequence[Encoded]) -> None:
-        """Have the prefixes of these sequences computed together, whichever of them is asked for first.
+    def keep_company(self, sequences: Sequence[Encoded], batch_size: int | None = None) -> None:
+        """Have the prefixes of these sequences computed together, whichever of them is asked for first, at most
+        `batch_size` at once.
 
         Rounding differs with the batch a sequence is in; with fixed company a run that starts in the middle
-        (a resumed training) sees the same bits as one that started at the beginning.
+        (a resumed training) sees the same bits as one that started at the beginning. Only where memory is short,
+        which no run can foresee, is company computed in halves.
         """
-        company = tuple({s.key: s for s in sequences if s.key not in self._company}.values())
-        self._company |= {member.key: company for member in company}
+        fresh = tuple({s.key: s for s in sequences if s.key not in self._company}.values())
+        for company in chunked(fresh, batch_size or max(len(fresh), 1)):
+            self._company |= {member.key: company for member in company}
 
     def logits(
         self, sequences: Sequence[Encoded], *, keep: bool = True, behind: Behind | None = None
@@ -152,9 +156,9 @@ class Runner:
             elif key not in self._company:
                 alone[key] = sequence
             elif key not in found:
-                company = self._run_prefix(self._company[key])
-                found |= company
-                self._remember(company)
+                for company in halving(self._company[key], self._run_prefix):
+                    found |= company
+                    self._remember(company)
         if alone:
             fresh = self._run_prefix(tuple(alone.values()))
             found |= fresh

@@ -259,9 +259,9 @@ class Trainer:
 
     def _keep_company(self, group: Cohort) -> None:
         """What a later step computes for one fact of a cohort it computes for all of them."""
-        self.runner.keep_company([example.edit for example in group])
+        self.runner.keep_company([example.edit for example in group], self.batch_size)
         for place in range(max(len(example.rephrases) for example in group)):
-            self.runner.keep_company([e.rephrases[place] for e in group if place < len(e.rephrases)])
+            self.runner.keep_company([e.rephrases[place] for e in group if place < len(e.rephrases)], self.batch_size)
         for place in range(max(len(example.probes) for example in group)):
             self.references.keep_company([e.probes[place] for e in group if place < len(e.probes)])
 

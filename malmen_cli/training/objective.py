@@ -19,7 +19,7 @@ from torch.nn.functional import kl_div, log_softmax
 from malmen_cli.base import ranks
 from malmen_cli.base.batch import Batch
 from malmen_cli.base.families import matrix_shape
-from malmen_cli.base.memory import halving
+from malmen_cli.base.memory import chunked, halving
 from malmen_cli.base.prompts import Encoded, by_length
 from malmen_cli.editing.capture import answer_counts, fact_loss, weight_gradients
 from malmen_cli.editing.replay import Runner
@@ -35,18 +35,20 @@ class Reference:
 
 
 class References:
-    """The base's own answers on probes, each computed once, always together with the same other probes."""
+    """The base's own answers on probes, each computed once, always together with the same other probes, at most
+    `batch_size` at once."""
 
     def __init__(self, runner: Runner, tokens: int, batch_size: int) -> None:
-        self._runner, self._tokens = runner, tokens
+        self._runner, self._tokens, self._batch_size = runner, tokens, batch_size
         self._asker = Asker(runner.base, batch_size, lambda count: None)
         self._known: dict[Encoded, Reference] = {}
-        self._company: dict[Encoded, tuple[Encoded, ...]] = {}
+        self._company: dict[Encoded, Sequence[Encoded]] = {}
 
     def keep_company(self, probes: Sequence[Encoded]) -> None:
         """Have the base's answers on these probes computed together (see Runner.keep_company)."""
-        company = tuple(dict.fromkeys(probe for probe in probes if probe not in self._company))
-        self._company |= dict.fromkeys(company, company)
+        fresh = tuple(dict.fromkeys(probe for probe in probes if probe not in self._company))
+        for company in chunked(fresh, self._batch_size):
+            self._company |= dict.fromkeys(company, company)
 
     def of(self, probes: Sequence[Encoded]) -> list[Reference]:
         """References of probes, which are questions. The base must be unedited while this runs."""
@@ -65,8 +67,9 @@ class References:
             probe.answered((*text[:limit], *behind)) for probe, text, limit in zip(company, texts, limits, strict=True)
         ]
         self._runner.keep_company(sequences)
-        for probe, sequence, heads in zip(company, sequences, self._runner.heads(sequences), strict=True):
-            self._known[probe] = Reference(sequence, heads.clone())
+        found = [heads.clone() for part in halving(sequences, self._runner.heads) for heads in part]
+        for probe, sequence, heads in zip(company, sequences, found, strict=True):
+            self._known[probe] = Reference(sequence, heads)
 
 
 def divergence(runner: Runner, references: Sequence[Reference], logits: Tensor, batch: Batch) -> Tensor:

@@ -285,6 +285,32 @@ def test_company_survives_a_small_cache(load: Callable) -> None:
     assert len(states_of(small)) == 1
 
 
+@pytest.mark.parametrize(("batch_size", "room"), [(2, 99), (None, 2), (4, 1)])
+def test_company_is_computed_in_batches_and_in_halves_where_memory_is_short(
+    load: Callable, monkeypatch: pytest.MonkeyPatch, batch_size: int | None, room: int
+) -> None:
+    base = load("gpt2", layers=4)
+    whole, parts = Runner(base, 2), Runner(base, 2)
+    whole.keep_company(SEQUENCES)
+    parts.keep_company(SEQUENCES, batch_size)
+    run, sizes = parts._run_prefix, []
+
+    def short(sequences: Any) -> Any:
+        if len(sequences) > room:
+            raise torch.OutOfMemoryError
+        sizes.append(len(sequences))
+        return run(sequences)
+
+    monkeypatch.setattr(parts, "_run_prefix", short)
+    with torch.no_grad():
+        for runner in (whole, parts):
+            runner.logits(SEQUENCES)
+    assert max(sizes) == min(batch_size or len(SEQUENCES), room)
+    assert sum(sizes) == len(SEQUENCES) == len(states_of(parts))
+    for ids, state in states_of(whole).items():
+        torch.testing.assert_close(states_of(parts)[ids], state, rtol=1e-5, atol=1e-5)
+
+
 # ---------------------------------------------------------------- models that cannot replay
 
 

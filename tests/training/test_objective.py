@@ -95,6 +95,28 @@ def test_what_the_base_says_does_not_depend_on_who_is_asked_first(
         assert torch.equal(heads(order)[prompt], expected)
 
 
+@pytest.mark.parametrize(("batch_size", "room"), [(4, 99), (16, 3)])
+def test_what_the_base_says_is_asked_in_batches_and_in_halves_where_memory_is_short(
+    tiny_base: Base, prompts: list[Encoded], monkeypatch: pytest.MonkeyPatch, batch_size: int, room: int
+) -> None:
+    runner, sizes = Runner(tiny_base, 1), []
+    heads = runner.heads
+
+    def short(sequences: Any) -> Any:
+        if len(sequences) > room:
+            raise torch.OutOfMemoryError
+        sizes.append(len(sequences))
+        return heads(sequences)
+
+    monkeypatch.setattr(runner, "heads", short)
+    found = References(runner, 3, batch_size).of(prompts)
+    assert max(sizes) == min(batch_size, room)
+    assert sum(sizes) == len(prompts)
+    for one, other in zip(found, References(Runner(tiny_base, 1), 3, 16).of(prompts), strict=True):
+        assert one.sequence == other.sequence
+        torch.testing.assert_close(one.heads, other.heads, rtol=1e-5, atol=1e-5)
+
+
 # ---------------------------------------------------------------- the loss
 
 
