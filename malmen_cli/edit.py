@@ -27,7 +27,7 @@ from malmen_cli.editing.replay import SPILL_BYTES, Runner, edit_cache
 from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, from_mapping
 from malmen_cli.editing.shift import Shift, applied
 from malmen_cli.editing.spec import FinetuneSpec, MemitSpec, Spec
-from malmen_cli.exceptions import EditorError, SpecError
+from malmen_cli.exceptions import EditorError, SpecError, naming
 from malmen_cli.facts.fact import Fact
 from malmen_cli.insertion import Insertion, memit_shift, prepare
 from malmen_cli.training.calibration import Calibration, calibrate, preserve
@@ -203,16 +203,17 @@ def calibrated_identity(
     judged = examples[:JUDGED_FACTS]
     probes = [probe for example in judged for probe in example.probes[:1]] or [text.answered(()) for text in own]
     preserve(editor, runner, [*own, *_locality(base, facts)], batch_size)
-    calibration = calibrate(
-        editor,
-        runner,
-        [example.edit for example in examples],
-        _wordings(judged),
-        References(runner, CONTINUATION, batch_size).of(probes),
-        locality_weight=IDENTITY_LOCALITY_WEIGHT,
-        batch_size=batch_size,
-        note=note,
-    )
+    with naming([example.id for example in examples]):
+        calibration = calibrate(
+            editor,
+            runner,
+            [example.edit for example in examples],
+            _wordings(judged),
+            References(runner, CONTINUATION, batch_size).of(probes),
+            locality_weight=IDENTITY_LOCALITY_WEIGHT,
+            batch_size=batch_size,
+            note=note,
+        )
     return Ready(editor, "identity", calibration=calibration)
 
 
@@ -226,28 +227,40 @@ def make_shift(
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Shift:
-    """All facts in one shift, gone over as often as the settings say. Raises NumericsError naming the module.
+    """All facts in one shift, gone over as often as the settings say. Raises NumericsError naming module and fact.
 
     A later pass captures on the model as edited so far: what was learned already asks for nothing more.
     memory: bytes that the outputs of the blocks in front may take between two passes; what is more goes to disk.
     note: called with every epoch's loss of fine-tuning, and with what MEMIT found.
     """
-    keeping = _keeping(base, memory)
-    if isinstance(ready, Insertion):
-        return memit_shift(base, ready, facts, batch_size=batch_size, keeping=keeping, progress=progress, note=note)
-    edits = encode_edits(base, facts, end_of_text=ready.settings.end_of_text)
-    if isinstance(ready, Tuning):
-        module = tuned_module(base.model, ready.settings)
-        tuned = Finetune(ready.settings, seed=ready.seed)
-        runner = Runner(base, block_index(base.model, module), **keeping)
-        return tuned.shift(runner, module, edits, batch_size=batch_size, progress=progress, note=note)
+    ids, keeping = [fact.id for fact in facts], _keeping(base, memory)
+    with naming(ids):
+        if isinstance(ready, Insertion):
+            return memit_shift(base, ready, facts, batch_size=batch_size, keeping=keeping, progress=progress, note=note)
+        edits = encode_edits(base, facts, end_of_text=ready.settings.end_of_text)
+        if isinstance(ready, Tuning):
+            module = tuned_module(base.model, ready.settings)
+            tuned = Finetune(ready.settings, seed=ready.seed)
+            runner = Runner(base, block_index(base.model, module), **keeping)
+            return tuned.shift(runner, module, edits, batch_size=batch_size, progress=progress, note=note)
+        return _in_passes(base, ready.editor, edits, ids, keeping, batch_size, progress)
+
+
+def _in_passes(
+    base: Base,
+    editor: Editor,
+    edits: Sequence[Encoded],
+    ids: Sequence[str],
+    keeping: dict[str, int],
+    batch_size: int,
+    progress: Callable[[int], None] | None,
+) -> Shift:
     # The blocks in front of the first edited one are the same in every pass: their output is kept, within bounds.
-    again = ready.settings.passes > 1
-    first = min(block_index(base.model, name) for name in ready.editor.names) if again else 0
-    runner = Runner(base, first, **keeping)
-    method, ids = Malmen(ready.editor), [fact.id for fact in facts]
+    again = editor.settings.passes > 1
+    first = min(block_index(base.model, name) for name in editor.names) if again else 0
+    runner, method = Runner(base, first, **keeping), Malmen(editor)
     shift = method.shift(runner, edits, ids, batch_size=batch_size, keep=again, progress=progress)
-    for _ in range(1, ready.settings.passes):
+    for _ in range(1, editor.settings.passes):
         with applied(base.model, shift):
             more = method.shift(runner, edits, ids, batch_size=batch_size, keep=again, progress=progress)
         shift = shift.plus(more)

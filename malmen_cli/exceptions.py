@@ -6,7 +6,8 @@ line that says what, where and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -52,6 +53,23 @@ class EditorError(MalmenError):
 
 class NumericsError(MalmenError):
     """NaN, Inf or a singular system; names the module, and the fact where one is to blame (exit 5)."""
+
+
+class FactNumericsError(NumericsError):
+    """NaN or Inf on one fact, by its number; `said` has `{fact}` where the fact is named. See `naming`."""
+
+    def __init__(self, said: str, number: int) -> None:
+        self.said, self.number = said, number
+        super().__init__(said.replace("{fact}", f"fact {number} (counting from 0)"))
+
+
+@contextmanager
+def naming(ids: Sequence[str]) -> Iterator[None]:
+    """During the body, facts are told by number to code that works on tokens; a NumericsError leaves it with an id."""
+    try:
+        yield
+    except FactNumericsError as error:
+        raise NumericsError(error.said.replace("{fact}", f"fact {ids[error.number]}")) from error
 
 
 class OutputError(MalmenError):

@@ -13,10 +13,8 @@ from itertools import islice
 import torch
 
 from malmen_cli.artifact.delta import norm_of
-from malmen_cli.base.memory import halving
 from malmen_cli.base.model import Base
-from malmen_cli.base.prompts import by_length
-from malmen_cli.editing.capture import fact_losses
+from malmen_cli.editing.capture import losses_of
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.shift import Shift, applied
 from malmen_cli.exceptions import NumericsError
@@ -59,18 +57,8 @@ def largest(base: Base, shift: Shift) -> tuple[str, float]:
 def residuals(base: Base, shift: Shift, facts: Sequence[Fact], batch_size: int) -> list[float]:
     """What the edited model has still to learn of each fact: nats a target token."""
     edits = [base.task.encode(fact.prompt, fact.target, room=base.room) for fact in facts]
-    found = [0.0] * len(edits)
-    runner = Runner(base)
-    with torch.no_grad(), applied(base.model, shift):
-        for indices in by_length([edit.length for edit in edits], batch_size):
-
-            def run(part: Sequence[int]) -> tuple[Sequence[int], list[float]]:
-                return part, fact_losses(*runner.logits([edits[i] for i in part])).tolist()
-
-            for part, losses in halving(indices, run):
-                for i, loss in zip(part, losses, strict=True):
-                    found[i] = loss
-    return found
+    with applied(base.model, shift):
+        return losses_of(Runner(base), edits, batch_size)
 
 
 def _contradicting(facts: Sequence[Fact]) -> str:

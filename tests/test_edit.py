@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -471,10 +473,47 @@ def test_a_base_of_nan_is_named(base: Base, tmp_path: Path) -> None:
     kept = weight.detach().clone()
     try:
         weight.data[0] = torch.nan
-        with pytest.raises(NumericsError, match=r"transformer\.h\.\d\.mlp\.c_proj: .* fact \d"):
+        with pytest.raises(NumericsError, match=r"transformer\.h\.\d\.mlp\.c_proj: .* fact f\d"):
             make_shift(base, ready, some_facts(4), batch_size=4)
     finally:
         weight.data.copy_(kept)
+
+
+@contextmanager
+def spoilt(base: Base, facts: Sequence[Fact], which: int) -> Iterator[None]:
+    """During the body, a word that only one of the facts has is NaN to the model."""
+    mine, *others = (set(edit.ids) for edit in encode_edits(base, [facts[which], *facts], end_of_text=True))
+    del others[which]
+    word = min(mine.difference(*others))
+    weight = base.model.get_input_embeddings().weight
+    kept = weight[word].detach().clone()
+    weight.data[word] = torch.nan
+    try:
+        yield
+    finally:
+        weight.data[word] = kept
+
+
+@pytest.mark.parametrize("method", ["identity", "calibration", "finetune", "memit"])
+def test_nan_on_one_fact_is_named_by_module_and_fact_id(tiny_llama: Path, method: str) -> None:
+    """Whatever its place in a batch, and among the facts given."""
+    base = load_base(str(tiny_llama), device="cpu")
+    facts = [replace(fact, subject=fact.prompt[15:-3]) for fact in some_facts(8, probes=False)]
+    options: dict[str, Any] = {"seed": 0, "batch_size": 3}
+    memit = MemitSettings(blocks=(0,), steps=2, prefixes=0, stats_tokens=300)
+    calibrate = partial(calibrated_identity, base, facts, SETTINGS, **options)
+    ready: Any = {
+        "identity": calibrate,
+        "calibration": lambda: None,
+        "finetune": lambda: Tuning(FinetuneSettings(epochs=2)),
+        "memit": lambda: prepare(base, "memit", memit, facts, stats_from=None, **options),
+    }[method]()
+    run = calibrate if ready is None else partial(make_shift, base, ready, facts, batch_size=3)
+    with spoilt(base, facts, 5), pytest.raises(NumericsError) as caught:
+        run()
+    assert "fact f5" in str(caught.value)
+    assert "counting from 0" not in str(caught.value)
+    assert "model.layers." in str(caught.value) or method == "memit"
 
 
 # ---------------------------------------------------------------- fine-tuning

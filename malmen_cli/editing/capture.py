@@ -16,7 +16,7 @@ from malmen_cli.base.families import IDS, SOURCE
 from malmen_cli.base.memory import halving
 from malmen_cli.base.prompts import Encoded, by_length
 from malmen_cli.editing.replay import Runner
-from malmen_cli.exceptions import NumericsError
+from malmen_cli.exceptions import FactNumericsError
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def edit_rows(
 
     The loss of a fact is the sum over its answer tokens divided by their number, and facts are summed, so that
     the rows do not depend on how facts are batched. A batch that does not fit in memory is halved.
-    Raises NumericsError naming module and fact position, MemoryLimitError when one fact does not fit.
+    Raises FactNumericsError naming the module, MemoryLimitError when one fact does not fit.
     """
     own = ranks.share(len(edits))
     for batch in by_length([edits[i].length for i in own], batch_size):
@@ -125,6 +125,21 @@ def fact_losses(logits: Tensor, batch: Batch) -> Tensor:
     """The mean cross-entropy of each fact's answer tokens, (B,) fp32."""
     losses = _token_losses(logits, batch)
     return losses.new_zeros(len(batch.ids)).index_add(0, batch.owners, losses)
+
+
+def losses_of(runner: Runner, edits: Sequence[Encoded], batch_size: int) -> list[float]:
+    """Nats a target token of each of `edits`, on the model as it stands. A batch that does not fit is halved."""
+    found = [0.0] * len(edits)
+
+    def run(part: Sequence[int]) -> tuple[Sequence[int], list[float]]:
+        return part, fact_losses(*runner.logits([edits[i] for i in part])).tolist()
+
+    with torch.no_grad():
+        for indices in by_length([edit.length for edit in edits], batch_size):
+            for part, losses in halving(indices, run):
+                for i, loss in zip(part, losses, strict=True):
+                    found[i] = loss
+    return found
 
 
 def _token_losses(logits: Tensor, batch: Batch) -> Tensor:
@@ -169,9 +184,7 @@ def _check_finite(rows: Rows) -> None:
         for name, tensor in tensors.items():
             bad = ~torch.isfinite(tensor).all(-1)
             if bool(bad.any()):
-                raise NumericsError(
-                    f"{name}: {kind} is not finite for fact {int(rows.owners[bad][0])} (counting from 0)"
-                )
+                raise FactNumericsError(f"{name}: {kind} is not finite for {{fact}}", int(rows.owners[bad][0]))
 
 
 def all_keys(

@@ -21,7 +21,7 @@ from malmen_cli.base.memory import halving
 from malmen_cli.base.prompts import Encoded, by_length, encode, encode_prompt, subject_end
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import MemitSettings
-from malmen_cli.exceptions import FactsError, NumericsError, Problem
+from malmen_cli.exceptions import FactNumericsError, FactsError, Problem
 
 ESSENCE = "{} is a"  # what the subject is must not change while the fact does; the papers' prompt
 
@@ -104,7 +104,7 @@ def find_targets(
     runner: from `block` on (or earlier), so that what is in front runs once a chunk. batch_size: prompts a forward;
     a chunk is as many facts as have that many wordings. A chunk that does not fit in memory is halved. Of several
     ranks, each looks for its share of the targets.
-    Raises NumericsError naming the fact by number, MemoryLimitError when one fact does not fit.
+    Raises FactNumericsError, MemoryLimitError when one fact does not fit.
     """
     # Fewer facts than ranks are not worth sharing: then every rank looks for all of them.
     several = 1 < ranks.count() <= len(facts)
@@ -151,8 +151,7 @@ def _chunk(
         losses[active] = learned.detach()
         for i, loss in zip(active, total.tolist(), strict=True):
             if not loss < float("inf"):
-                place = f"the target of fact {numbers[i]} (counting from 0)"
-                raise NumericsError(f"{place} is not finite; try a smaller lr")
+                raise FactNumericsError("the target of {fact} is not finite; try a smaller lr", numbers[i])
         open_still = [loss >= settings.stop_loss for loss in learned.tolist()]
         going = [place for place, i in enumerate(active) if open_still[place] and int(steps[i]) < settings.steps]
         active = [active[place] for place in going]

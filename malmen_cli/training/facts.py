@@ -15,11 +15,12 @@ from malmen_cli.training.settings import TrainingSettings
 
 @dataclass(frozen=True)
 class Example:
-    """One fact encoded: its edit, its other wordings with the same target, and its locality prompts."""
+    """One fact encoded: its edit, its other wordings with the same target, its locality prompts; and its id."""
 
     edit: Encoded
     rephrases: tuple[Encoded, ...]
     probes: tuple[Encoded, ...]
+    id: str
 
     def wordings(self) -> tuple[Encoded, ...]:
         return (self.edit, *self.rephrases)
@@ -36,7 +37,7 @@ def encode_examples(task: Task, facts: Sequence[Fact], *, end_of_text: bool, roo
         probes = tuple(task.question(probe.prompt) for probe in fact.locality)
         for probe in probes:
             check_room(max(len(probe.source), len(probe.ids) + 1), room, "locality")
-        return Example(edit, tuple(rephrases), probes)
+        return Example(edit, tuple(rephrases), probes, fact.id)
 
     return encode_each(facts, encoded)
 
@@ -71,8 +72,10 @@ def _without(example: Example, seen: set[Encoded]) -> Example:
 
 @dataclass(frozen=True)
 class Draw:
-    """One step's facts: all `edits` go into one shift; the meta-loss is taken on `wordings` and `probes`."""
+    """One step's facts: all `edits`, of the facts `ids`, go into one shift; the meta-loss is taken on `wordings` and
+    `probes`."""
 
+    ids: list[str]
     edits: list[Encoded]
     wordings: list[Encoded]
     probes: list[Encoded]
@@ -92,5 +95,5 @@ def draw(groups: Sequence[Cohort], settings: TrainingSettings, seed: int, step: 
         place = chooser.randrange(1 << 16)
         wordings += [example.wordings()[place % len(example.wordings())] for example in cohort]
         probes += [example.probes[place % len(example.probes)] for example in cohort if example.probes]
-    edits = [example.edit for i in (*judged, *others) for example in groups[i]]
-    return Draw(edits, wordings, probes)
+    drawn = [example for i in (*judged, *others) for example in groups[i]]
+    return Draw([example.id for example in drawn], [example.edit for example in drawn], wordings, probes)

@@ -26,7 +26,7 @@ from malmen_cli.editing.methods.malmen import Captured, Malmen, gather
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.ridge import Solution
 from malmen_cli.editing.shift import Shift, applied
-from malmen_cli.exceptions import NumericsError
+from malmen_cli.exceptions import NumericsError, naming
 from malmen_cli.training.calibration import Calibration, calibrate, preserve
 from malmen_cli.training.facts import Cohort, Draw, Example, cohorts, draw
 from malmen_cli.training.objective import MetaLoss, References, meta_loss
@@ -114,16 +114,17 @@ class Trainer:
         held = [group for group in self.cohorts if any(example.probes for example in group)] or self.cohorts
         chosen = [example for group in reversed(held) for example in group][: self.settings.calibration_facts]
         references = self.references.of([p for e in chosen for p in e.probes[:1]] or self._own_probes)
-        self.calibration = calibrate(
-            self.editor,
-            self.runner,
-            [example.edit for example in chosen],
-            [example.wordings()[-1] for example in chosen],
-            references,
-            locality_weight=self.settings.locality_weight,
-            batch_size=self.batch_size,
-            note=note,
-        )
+        with naming([example.id for example in chosen]):
+            self.calibration = calibrate(
+                self.editor,
+                self.runner,
+                [example.edit for example in chosen],
+                [example.wordings()[-1] for example in chosen],
+                references,
+                locality_weight=self.settings.locality_weight,
+                batch_size=self.batch_size,
+                note=note,
+            )
 
     def run(self, report: Callable[[Progress], None], save: Callable[[], None]) -> None:
         """Train to the last step. report: called after every step; save: called after every validation.
@@ -155,7 +156,8 @@ class Trainer:
     def validate(self) -> Validation:
         """Scores of one edit of all validation facts with the present editor."""
         references = self.references.of([p for e in self.valid for p in e.probes[:1]] or self._own_probes)
-        shift, _ = self._edit([e.edit for e in self.valid])
+        with naming([e.id for e in self.valid]):
+            shift, _ = self._edit([e.edit for e in self.valid])
         with applied(self.runner.model, shift):
             end = self.editor.settings.end_of_text and self.runner.task.ends_answers
             return validate(self.runner, self.valid, references, self.batch_size, end_of_text=end)
@@ -227,7 +229,8 @@ class Trainer:
         """One step: edit, judge under the edit, pull the meta-gradient back through the solve, and update."""
         editor = self.editor
         references = self.references.of(drawn.probes or self._own_probes[: len(drawn.wordings)])
-        shift, passes = self._edit(drawn.edits)
+        with naming(drawn.ids):
+            shift, passes = self._edit(drawn.edits)
         with applied(self.runner.model, shift):
             loss = meta_loss(
                 self.runner,

@@ -19,7 +19,8 @@ from malmen_cli.training.settings import TrainingSettings
 def example(number: int, *, rephrases: int = 1, probes: tuple[tuple[int, ...], ...] | None = None) -> Example:
     """Tokens say which fact they are of."""
     own = tuple(Encoded(ids, len(ids)) for ids in (((number, 7, 7),) if probes is None else probes))
-    return Example(Encoded((number, 1, 2), 2), tuple(Encoded((number, 3 + i, 2), 2) for i in range(rephrases)), own)
+    others = tuple(Encoded((number, 3 + i, 2), 2) for i in range(rephrases))
+    return Example(Encoded((number, 1, 2), 2), others, own, f"fact {number}")
 
 
 def settings(low: int, high: int, meta: int = 8, judged: int = 4096) -> TrainingSettings:

@@ -8,20 +8,24 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import malmen_cli.training.calibration as calibration_module
 import malmen_cli.training.loop as loop_module
 from malmen_cli.artifact.editors import load_editor, save_editor
+from malmen_cli.base.prompts import Encoded
 from malmen_cli.edit import Ready, make_shift
 from malmen_cli.editing.capture import edit_rows
 from malmen_cli.editing.editor import Editor, Group, compact
 from malmen_cli.editing.methods.malmen import Captured, gather
+from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.shift import applied
-from malmen_cli.exceptions import NumericsError
+from malmen_cli.exceptions import FactNumericsError, NumericsError
 from malmen_cli.facts.fact import Fact
 from malmen_cli.training.facts import Example, draw, encode_examples
 from malmen_cli.training.loop import BAD_STEPS, STEP_FACTORS, Best, Progress, Trainer, random_sample
@@ -406,6 +410,28 @@ def test_finish_takes_the_best_factor_on_the_best_editor_s_steps(
 
 
 # ---------------------------------------------------------------- steps without a finite loss
+
+
+@pytest.mark.parametrize("where", ["calibration", "training", "validation"])
+def test_nan_on_one_fact_is_named_by_its_id(
+    make_trainer: MakeTrainer, make_facts: MakeFacts, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    facts, valid = make_facts(12), make_facts(16)[12:]
+    trainer = make_trainer(facts, valid, calibration_facts=12)
+    bad = (trainer.valid if where == "validation" else trainer.train)[2]
+    if where != "calibration":
+        trainer.prepare()
+
+    def broken(runner: Runner, edits: Sequence[Encoded], *rest: Any, **options: Any) -> Any:
+        if bad.edit in edits:
+            raise FactNumericsError("module: key is not finite for {fact}", edits.index(bad.edit))
+        return edit_rows(runner, edits, *rest, **options)
+
+    for module in (loop_module, calibration_module):
+        monkeypatch.setattr(module, "edit_rows", broken)
+    run = trainer.prepare if where == "calibration" else partial(trainer.run, quiet, lambda: None)
+    with pytest.raises(NumericsError, match=f"^module: key is not finite for fact {bad.id}$"):
+        run()
 
 
 def spoilt(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool], how: str = "loss") -> None:

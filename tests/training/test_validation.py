@@ -50,7 +50,7 @@ def test_answers_without_an_end_of_text_count_all_their_tokens(tiny_base: Base) 
     (ids,) = [tiny_base.tokenizer("The capital of France is")["input_ids"]]
     with torch.no_grad():
         said = int(tiny_base.model(torch.tensor([ids])).logits[0, -1].argmax())
-    known = Example(Encoded((*ids, said), len(ids)), (), ())
+    known = Example(Encoded((*ids, said), len(ids)), (), (), "known")
     found = validate(Runner(tiny_base), [known], [], 4, end_of_text=False)
     assert (found.es_teacher_forced, found.es_greedy) == (1.0, 1.0)
 

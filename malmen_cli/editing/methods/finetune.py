@@ -7,6 +7,7 @@ the answer ends with an end-of-text token. The loss is the one that all methods 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,11 +19,11 @@ from malmen_cli.base import ranks
 from malmen_cli.base.families import chosen_modules, matrix_shape, second_matrix, stacks
 from malmen_cli.base.memory import halving
 from malmen_cli.base.prompts import Encoded, by_length
-from malmen_cli.editing.capture import fact_loss, weight_gradients
+from malmen_cli.editing.capture import fact_loss, losses_of, weight_gradients
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import FinetuneSettings
 from malmen_cli.editing.shift import ModuleShift, Shift, applied, weight_layout
-from malmen_cli.exceptions import NumericsError, SpecError
+from malmen_cli.exceptions import FactNumericsError, NumericsError, SpecError
 
 # The block tuned by default, as a share of the depth. The paper's own runs take block 22 of Llama 3's 32 and 23 of
 # Mistral's 32; on smollm2-135m's validation facts block 25 of 30 scored .18, block 20 .08 (docs/editor-recipe.md).
@@ -81,7 +82,8 @@ class Finetune:
                 # Rounded from fp32 afresh for every step: in bf16 most steps of Adam alone would round to nothing.
                 with applied(runner.model, Shift({module: ModuleShift(layout, dense=matrix.detach())})):
                     loss, matrix.grad = _gradient(runner, module, batch, batch_size)
-                _check_finite(module, loss, matrix.grad, epoch)
+                    if not bool(torch.isfinite(matrix.grad.sum() + loss)):  # NaN and Inf survive summing
+                        raise _not_finite(runner, module, batch, edits, epoch)
                 adam.step()
                 _shrink(matrix, bound)
                 total += loss * len(batch)
@@ -127,10 +129,15 @@ def _gradient(runner: Runner, module: str, batch: Sequence[Encoded], batch_size:
     return float(total) / len(batch), gradient.div_(len(batch))
 
 
-def _check_finite(module: str, loss: float, gradient: Tensor, epoch: int) -> None:
-    """NaN and Inf survive summing, so the sum tells of each."""
-    if not bool(torch.isfinite(gradient.sum() + loss)):
-        raise NumericsError(f"{module}: loss or gradient is not finite in epoch {epoch}; try a smaller lr")
+def _not_finite(
+    runner: Runner, module: str, batch: Sequence[Encoded], edits: Sequence[Encoded], epoch: int
+) -> NumericsError:
+    """What to say of a mini-batch, with the first of its facts to blame, unless all are alike."""
+    said = f"{module}: loss or gradient is not finite in epoch {epoch}"
+    finite = [math.isfinite(loss) for loss in losses_of(runner, batch, 1)]
+    if any(finite) and not all(finite):
+        return FactNumericsError(f"{said}, for {{fact}}", edits.index(batch[finite.index(False)]))
+    return NumericsError(f"{said}; try a smaller lr")
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from malmen_cli.editing.ridge import refuse_singular
 from malmen_cli.editing.settings import MemitSettings
 from malmen_cli.editing.shift import ModuleShift, Shift, applied, weight_layout
 from malmen_cli.editing.targets import Wordings, find_targets
-from malmen_cli.exceptions import NumericsError, SpecError
+from malmen_cli.exceptions import FactNumericsError, SpecError
 
 WRITTEN = 5  # blocks that share a fact, as in most of the published settings
 
@@ -181,7 +181,7 @@ def _keys(
         for rows, keys, hidden in halving(range(start, min(start + size, len(facts))), run):
             bad = ~torch.isfinite(keys).all(-1)
             if bool(bad.any()):
-                raise NumericsError(f"{name}: key is not finite for fact {int(rows[bad][0])} (counting from 0)")
+                raise FactNumericsError(f"{name}: key is not finite for {{fact}}", int(rows[bad][0]))
             yield rows, keys, hidden
 
 
