@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from several import on_ranks, start
 
+from malmen_cli import guard
 from malmen_cli.artifact.editors import save_editor
 from malmen_cli.base import ranks
 from malmen_cli.base.families import block_index
@@ -239,10 +240,38 @@ def test_apply_writes_what_one_process_writes_and_one_rank_speaks(
     assert sorted(path.name for path in files.iterdir() if path.name.startswith(".malmen")) == []
 
 
-def test_other_commands_are_the_first_rank_s_alone(files: Path) -> None:
+def test_other_commands_are_the_first_rank_s_to_say(files: Path) -> None:
     assert run_all(["facts", "check", str(files / "facts.jsonl"), "--json"], files) == [0, 0]
     assert json.loads((files / "stdout.0").read_text())["count"] == 6
     assert (files / "stdout.1").read_text() == (files / "stderr.1").read_text() == ""
+
+
+def test_no_rank_says_done_of_what_it_has_not_looked_at(tiny_gpt2: Path, files: Path) -> None:
+    (files / "broken.jsonl").write_text('{"prompt": 3}')
+    assert run_all(["facts", "check", str(files / "broken.jsonl")], files) == [3, 3]
+    given = ["eval", str(tiny_gpt2), str(files / "facts.jsonl"), "--min-es", "1", "--device", "cpu"]
+    assert run_all(given, files) == [1, 1]
+    assert "gate not met" in (files / "stderr.0").read_text()
+    assert (files / "stderr.1").read_text() == ""
+
+
+def test_what_is_written_is_the_first_rank_s(files: Path) -> None:
+    given = ["facts", "convert", str(files / "facts.jsonl"), "-o", str(files / "converted.jsonl")]
+    assert run_all(given, files) == [0, 0]  # the second would find the file there
+    assert len((files / "converted.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_destructive_edit_is_refused_by_every_rank(
+    tiny_gpt2: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "MAX_RELATIVE_NORM", 0.0)
+    given = ["apply", str(tiny_gpt2), str(files / "facts.jsonl"), "--editor", str(files / "editor")]
+    assert run_all([*given, "-o", str(files / "out"), "--score", "0", "--device", "cpu", "-q"], files) == [5, 5]
+    for rank in range(2):
+        (line,) = (files / f"stderr.{rank}").read_text().splitlines()
+        assert line.startswith(("malmen: error: ", "rank 1: malmen: error: ")[rank])
+        assert "destroys the model" in line
+    assert not (files / "out").exists()
 
 
 def test_a_rank_that_dies_ends_the_run_and_the_old_output_stays(tiny_gpt2: Path, files: Path) -> None:

@@ -113,9 +113,7 @@ def evaluate(
         return
     loading = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     report = _score(console, pair, folder, chosen, loading, batch_size, not no_greedy, seed)
-    if rank() > 0:
-        return
-    _publish(console, report, pair, minima, gate_protocol, per_fact, plot, started)
+    _publish(console, report, pair, minima, gate_protocol, per_fact, plot, force, started)
 
 
 def _score(
@@ -150,28 +148,36 @@ def _publish(
     protocol: str,
     per_fact: Path | None,
     plot: Path | None,
+    force: bool,
     started: float,
 ) -> None:
-    """Table, files and document; then exit 1 if a gate is not met."""
-    from malmen_cli.artifact.atomic import write_file
+    """Table, files and document, by the first of several processes; then exit 1, all of them, if a gate is not met."""
     from malmen_cli.scoring.report import check_gates, table
 
     gates = check_gates(report, minima, protocol=protocol)
-    console.table(table(report))
+    failed = [gate for gate in gates if not gate.passed]
+    if rank() == 0:
+        console.table(table(report))
+        _write(report, per_fact, plot, force)
+        seconds = time.monotonic() - started
+        console.document(report.to_json(model=pair.model, base=pair.base, gates=gates, seconds=seconds))
+        for gate in failed:
+            console.error(f"malmen: gate not met: {gate}")
+    if failed:
+        raise typer.Exit(_GATE_FAILED)
+
+
+def _write(report: Report, per_fact: Path | None, plot: Path | None, force: bool) -> None:
+    """A file that appeared while the model was asked is somebody else's: it too takes --force."""
+    from malmen_cli.artifact.atomic import write_file
+
     if per_fact is not None:
         lines = [jsonlib.dumps(record, ensure_ascii=False) + "\n" for record in report.per_fact()]
-        write_file(per_fact, "".join(lines).encode())
+        write_file(per_fact, "".join(lines).encode(), force=force)
     if plot is not None:
         from malmen_cli.scoring.plot import eval_plot, plot_format
 
-        write_file(plot, eval_plot(report, plot_format(plot)))
-    seconds = time.monotonic() - started
-    console.document(report.to_json(model=pair.model, base=pair.base, gates=gates, seconds=seconds))
-    failed = [gate for gate in gates if not gate.passed]
-    for gate in failed:
-        console.error(f"malmen: gate not met: {gate}")
-    if failed:
-        raise typer.Exit(_GATE_FAILED)
+        write_file(plot, eval_plot(report, plot_format(plot)), force=force)
 
 
 def _dry_run(console: Console, pair: Pair, facts: Sequence[Fact]) -> None:

@@ -1,6 +1,7 @@
 """A run of several processes (torchrun, `accelerate launch`): which of them this is, read from the environment alone.
 
-torch is not imported here. Every rank works; the first one prints and writes.
+torch is not imported here. Every rank works; the first one prints and writes. What only looks at something (`diff`,
+`facts check`) is done by each for itself, so that none says that all is well without having looked.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typer import BadParameter
 
 SPREAD = ("apply", "train-editor", "eval")  # commands that share their work
-
+WRITING = (["stats"], ["facts", "convert"])  # commands with one thing to write, which one process does alone
 
 # What a launcher tells every process; a batch system that sets some of it has started one process alone.
 _TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -24,8 +25,8 @@ def rank() -> int:
 
 
 def idle(arguments: Sequence[str]) -> bool:
-    """Whether there is nothing to do here: the first rank runs every other command alone."""
-    return rank() > 0 and not _spread(arguments)
+    """Whether there is nothing to do here: what is written is the first rank's."""
+    return rank() > 0 and any(list(arguments[: len(command)]) == command for command in WRITING)
 
 
 def together(arguments: Sequence[str]) -> AbstractContextManager[None]:

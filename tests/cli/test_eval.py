@@ -17,6 +17,7 @@ import torch
 from running import code, document_of, invoke
 from typer.testing import Result
 
+import malmen_cli.cli.eval as eval_module
 from malmen_cli.cli.eval import evaluate
 
 document = partial(document_of, "eval", codes=(0, 1))
@@ -364,6 +365,17 @@ def test_per_fact_is_one_json_line_a_question(malmen: Malmen, tiny_gpt2: Path, e
 def test_an_old_file_needs_force(malmen: Malmen, tiny_gpt2: Path, tmp_path: Path) -> None:
     file = tmp_path / "answers.jsonl"
     file.write_text("mine")
+    assert code(malmen(tiny_gpt2, "--per-fact", file)) == 6
+    assert file.read_text() == "mine"
+    assert code(malmen(tiny_gpt2, "--per-fact", file, "--force")) == 0
+    assert json.loads(file.read_text().splitlines()[0])["kind"] == "edit"
+
+
+def test_a_file_that_appears_while_the_model_is_asked_is_not_replaced(
+    malmen: Malmen, tiny_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, score = tmp_path / "answers.jsonl", eval_module._score
+    monkeypatch.setattr(eval_module, "_score", lambda *given: (score(*given), file.write_text("mine"))[0])
     assert code(malmen(tiny_gpt2, "--per-fact", file)) == 6
     assert file.read_text() == "mine"
     assert code(malmen(tiny_gpt2, "--per-fact", file, "--force")) == 0

@@ -22,8 +22,10 @@ def tell(monkeypatch: pytest.MonkeyPatch, without: str = "") -> None:
 def test_a_rank_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     tell(monkeypatch)
     assert processes.rank() == 1
-    assert processes.idle(["facts", "check", "f.jsonl"])
-    assert not processes.idle(["apply", "base", "f.jsonl"])
+    assert processes.idle(["facts", "convert", "f.jsonl", "-o", "g.jsonl"])
+    assert processes.idle(["stats", "base"])
+    for judging in (["facts", "check", "f.jsonl"], ["diff", "a", "b"], ["apply", "base", "f.jsonl"], []):
+        assert not processes.idle(judging)
 
 
 @pytest.mark.parametrize("without", TOLD)
@@ -31,7 +33,7 @@ def test_told_in_part_a_process_is_alone(monkeypatch: pytest.MonkeyPatch, withou
     """A container that exports WORLD_SIZE and nothing else has started one process."""
     tell(monkeypatch, without)
     assert processes.rank() == 0
-    assert not processes.idle(["facts", "check", "f.jsonl"])
+    assert not processes.idle(["facts", "convert", "f.jsonl"])
     assert isinstance(processes.together(["eval", "base", "-"]), nullcontext)
 
 
