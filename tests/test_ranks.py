@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from malmen_cli.edit import Ready, Tuning, calibrated_identity, make_shift
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings
-from malmen_cli.exceptions import RankError
+from malmen_cli.exceptions import EditorError, RankError
 from malmen_cli.facts.fact import Fact, Probe
 from malmen_cli.facts.files import write_facts
 from malmen_cli.insertion import Insertion, prepare
 from malmen_cli.scoring.protocols import collect
+from malmen_cli.training import session
 from malmen_cli.training.facts import encode_examples
 from malmen_cli.training.loop import Trainer
 from malmen_cli.training.settings import TrainingSettings
@@ -202,6 +204,25 @@ def malmen(rank: int, arguments: list[str], folder: Path) -> int:
     """The program as a rank runs it, its streams in files."""
     sys.stdout, sys.stderr = ((folder / f"{name}.{rank}").open("w") for name in ("stdout", "stderr"))
     return main(arguments)
+
+
+def test_every_rank_goes_on_with_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late it notices that the last one is damaged."""
+    kept, before = session.state_folder(tmp_path / "out"), session.state_before(tmp_path / "out")
+    save_editor(before, {"w": torch.ones(1)}, {"step": 1}, force=False)
+    kept.mkdir()
+    load = session.load_editor
+
+    def late(folder: Path) -> Any:
+        if folder == kept and not ranks.first():
+            time.sleep(1)
+            raise EditorError("damaged")
+        return load(folder)
+
+    monkeypatch.setattr(session, "load_editor", late)
+    found = on_ranks(lambda: session._last_whole(tmp_path / "out", lambda text: None)[1]["step"])
+    assert found == [1, 1]
+    assert not before.exists()
 
 
 @pytest.fixture

@@ -89,6 +89,11 @@ def spread(items: Sequence[T], work: Callable[[Sequence[T]], Sequence[Any]]) -> 
     return [parts[i % count()][i // count()] for i in range(len(items))]
 
 
+def wait() -> None:
+    """Go on when every rank is here."""
+    add_up(torch.zeros(1))
+
+
 def same(*tensors: Tensor) -> None:
     """Put the first rank's values in place of each tensor's."""
     if _several():

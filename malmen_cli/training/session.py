@@ -211,6 +211,7 @@ def _last_whole(out: Path, note: Callable[[str], None]) -> tuple[dict[str, Tenso
             raise
         found = load_editor(before)
         note(f"{error}; going on with the state before")
+    ranks.wait()  # all have read it
     if ranks.first():
         shutil.rmtree(kept, ignore_errors=True)
         before.rename(kept)

@@ -1,7 +1,11 @@
-"""A disk that is really full, and one that is really read-only: small tmpfs file systems, where they may be mounted."""
+"""A disk that is really full, and one that is really read-only: small tmpfs file systems, where they may be mounted.
+
+Where they may not, a process whose files may not grow meets an error of the same kind at the same places.
+"""
 
 from __future__ import annotations
 
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -14,6 +18,7 @@ from malmen_cli.artifact import disk
 from malmen_cli.cli.errors import main
 
 SIZE = 160_000  # bytes: less than the tiny base's weights
+LONGEST = 500  # bytes: less than any output's longest file
 
 
 @pytest.fixture
@@ -27,6 +32,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a tmpfs takes rights that this run does not have")
     yield place
     subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture
+def no_file_grows() -> Iterator[None]:
+    """No file of this process becomes longer than LONGEST bytes, until the limit is lifted."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LONGEST, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def apply(writer: Any, out: Path, *options: str) -> int:
@@ -73,3 +87,47 @@ def test_a_read_only_disk_is_exit_6(
         assert str(small_disk) in line
     assert main(["facts", "convert", make_writer("convert", out="c").argv[2], "-o", str(small_disk / "f"), "-q"]) == 6
     assert "Read-only file system" in capsys.readouterr().err
+
+
+def test_a_conversion_that_finds_no_room_leaves_none(
+    small_disk: Path,
+    make_writer: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Told before the work; and where the room goes meanwhile, by what transformers writes with."""
+    writer = make_writer("gguf")
+    monkeypatch.setenv("MALMEN_HOME", str(small_disk))
+    (small_disk / "others").write_bytes(bytes(SIZE - 40_000))
+    assert main([*writer.argv, "-q"]) == 4
+    said = capsys.readouterr().err
+    assert "bytes are needed and" in said
+    assert "MALMEN_HOME" in said
+    monkeypatch.setattr(disk, "check_free", lambda out, need: None)
+    assert main([*writer.argv, "-q"]) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left" in line
+    assert [path.name for path in (small_disk / "bases").iterdir() if not path.name.endswith(".lock")] == []
+    (small_disk / "others").unlink()
+    assert main([*writer.argv, "-q"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("merged", 6), ("adapter", 6), ("install", 6), ("convert", 6), ("stats", 6), ("eval", 6), ("gguf", 4)],
+)
+def test_a_file_that_may_not_grow_leaves_nothing(
+    name: str,
+    code: int,
+    make_writer: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    writer = make_writer(name)
+    request.getfixturevalue("no_file_grows")
+    assert main([*writer.argv, "-q"]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "File too large" in line
+    files = [file for output in writer.outputs for file in output.rglob("*") if file.is_file()]
+    assert [file for file in files if file.suffix != ".lock"] == []
+    assert writer.leftovers() == []
