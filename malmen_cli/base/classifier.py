@@ -16,8 +16,9 @@ from malmen_cli.base.prompts import Encoded, check_room, subject_end
 from malmen_cli.base.task import OPENING_WORDS, Task, no_tokens, special_around
 from malmen_cli.exceptions import CheckpointError, FactsError, Problem
 
-# A head with one logit, as in the papers' fact checking: it says how likely the claim is true.
+# A head with one logit that nobody named, as in the papers' fact checking: it says how likely the claim is true.
 ONE_LOGIT = ("REFUTES", "SUPPORTS")
+UNNAMED = "LABEL_0"  # what transformers calls it
 
 
 class ClassifierTask(Task):
@@ -112,10 +113,12 @@ class ClassifierTask(Task):
 
 
 def label_names(config: Any) -> tuple[str, ...]:
-    """A classifier's labels by number. A head with one logit has those of ONE_LOGIT."""
-    if config.num_labels == 1:
-        return ONE_LOGIT
-    return tuple(str(config.id2label[number]) for number in range(config.num_labels))
+    """A classifier's labels by number. A head with one logit has its own label and `not` that one, else ONE_LOGIT."""
+    labels = tuple(str(config.id2label[number]) for number in range(config.num_labels))
+    if len(labels) > 1:
+        return labels
+    known = labels[0] == UNNAMED or labels[0].casefold() == ONE_LOGIT[1].casefold()
+    return ONE_LOGIT if known else (f"not {labels[0]}", labels[0])
 
 
 def reads_first(model: Any, batch: Batch) -> bool:

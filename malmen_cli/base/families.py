@@ -62,6 +62,7 @@ def stacks(model: Any) -> tuple[Stack, ...]:
     kind, config = kind_of(model), model.config
     if kind != SEQ2SEQ:
         depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+        _refuse_shared(model, depth)
         return (Stack(*_block_list(model, "", depth, type(model).__name__), SOURCE if kind == CLASSIFIER else IDS),)
     names = {id(module): name for name, module in model.named_modules()}
     found = []
@@ -72,6 +73,16 @@ def stacks(model: Any) -> tuple[Stack, ...]:
         depth = next((getattr(config, name) for name in depths if hasattr(config, name)), None)
         found.append(Stack(*_block_list(part, names[id(part)] + ".", depth, type(model).__name__), reads))
     return tuple(found)
+
+
+def _refuse_shared(model: Any, depth: int | None) -> None:
+    """ALBERT's layers run the same few blocks over and over."""
+    own = getattr(model.config, "num_hidden_groups", depth)
+    if own != depth:
+        raise SpecError(
+            f"the {depth} layers of {type(model).__name__} share the weights of {own}: "
+            "a shift for one would be made in all; it cannot be edited"
+        )
 
 
 def _block_list(part: Any, prefix: str, depth: int | None, model: str) -> tuple[str, nn.ModuleList]:

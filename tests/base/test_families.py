@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -161,6 +162,21 @@ def test_the_width_falls_back_to_the_embeddings() -> None:
 def test_no_list_of_the_model_s_depth(depth: int) -> None:
     with pytest.raises(SpecError, match=f"no list of {depth} transformer blocks in a Module; it cannot be edited"):
         block_list(toy([Block(down=nn.Linear(16, 8)) for _ in range(3)], depth=depth))
+
+
+@pytest.mark.parametrize(("groups", "shared"), [(1, True), (3, False)])
+def test_layers_that_share_their_weights_are_refused_with_the_reason(groups: int, shared: bool) -> None:
+    sizes = {"vocab_size": 16, "embedding_size": 8, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.AlbertConfig(**sizes, num_hidden_layers=3, num_hidden_groups=groups)
+    model = transformers.AlbertForSequenceClassification(config)
+    if not shared:
+        assert len(block_list(model)[1]) == 3
+        return
+    said = (
+        "the 3 layers of AlbertForSequenceClassification share the weights of 1: a shift for one would be made in all"
+    )
+    with pytest.raises(SpecError, match=said):
+        block_list(model)
 
 
 def test_a_block_that_writes_nothing_asks_for_names() -> None:

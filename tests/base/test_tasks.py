@@ -176,6 +176,17 @@ def test_one_logit_has_two_labels_by_its_sign(load: Load) -> None:
     torch.testing.assert_close(nn.functional.cross_entropy(logits, batch.labels), wanted)
 
 
+@pytest.mark.parametrize(
+    ("own", "labels"), [("toxic", ("not toxic", "toxic")), ("Supports", ONE_LOGIT), ("LABEL_0", ONE_LOGIT)]
+)
+def test_one_logit_is_of_its_own_label(load: Load, own: str, labels: tuple[str, str]) -> None:
+    task = load("bert", num_labels=1, id2label={0: own}, label2id={own: 0}).task
+    assert task.labels == labels
+    assert [task.label(label.upper()) for label in labels] == [0, 1]
+    with pytest.raises(FactsError, match=f"'green' is no label of this model; it has {labels[0]}, {labels[1]}"):
+        task.label("green")
+
+
 class MeanPooled(nn.Module):
     """A classifier over `read` of its tokens, with the parts of one that are looked at."""
 
