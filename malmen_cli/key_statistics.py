@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from malmen_cli.artifact.statistics import load_statistics, save_statistics
+from malmen_cli.base import ranks
 from malmen_cli.base.families import matrix_shape
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded
@@ -66,10 +67,13 @@ def gather_statistics(
     """Statistics of the modules `names` over `text`, and which of them were not in the cache.
 
     again: take nothing from the cache. must_keep: raise OutputError where the cache cannot be written, rather than
-    only say so. progress: called with the number of tokens of every batch.
+    only say so. progress: called with the number of tokens of every batch. Of several ranks all gather what any of
+    them lacks, as they may have a cache each, and the first one keeps it.
     """
     known = {} if again else _kept(base, names, text)
-    missing = [name for name in names if name not in known]
+    lacking = torch.tensor([name not in known for name in names], dtype=torch.long)
+    ranks.add_up(lacking)
+    missing = [name for name, count in zip(names, lacking.tolist(), strict=True) if count]
     if missing:
         over = f"{text.source['tokens']} tokens of {text.source['name']}"
         note(f"key statistics of {counted(missing)} over {over}: kept for next time")
@@ -78,6 +82,8 @@ def gather_statistics(
         tokens = sum(len(ids) for ids in text.windows())
         for name, moment in moments.items():
             known[name] = moment, tokens
+            if not ranks.first():
+                continue
             try:
                 save_statistics(base.fingerprint, name, text.source, moment, tokens)
             except OutputError as error:

@@ -29,12 +29,14 @@ from malmen_cli.exceptions import EditorError, RankError
 from malmen_cli.facts.fact import Fact, Probe
 from malmen_cli.facts.files import write_facts
 from malmen_cli.insertion import Insertion, prepare
+from malmen_cli.key_statistics import Text, gather_statistics
 from malmen_cli.scoring.protocols import collect
 from malmen_cli.training import session
 from malmen_cli.training.facts import encode_examples
 from malmen_cli.training.loop import Trainer
 from malmen_cli.training.settings import TrainingSettings
 
+NAME = "transformer.h.0.mlp.c_proj"
 CLOSE = 1e-5  # relative, as the issue asks
 PLACES = ("Australia", "France", "the land of snow", "Peru", "Japan and Sweden", "Brazil", "Italy", "Bill Gates")
 ANSWERS = ("Rome", "Tim Cook", "one hundred degrees", "Paris", "no", "krona")
@@ -204,6 +206,24 @@ def malmen(rank: int, arguments: list[str], folder: Path) -> int:
     """The program as a rank runs it, its streams in files."""
     sys.stdout, sys.stderr = ((folder / f"{name}.{rank}").open("w") for name in ("stdout", "stderr"))
     return main(arguments)
+
+
+@pytest.mark.parametrize("lacks", [0, 1])
+def test_statistics_that_one_rank_lacks_are_gathered_by_all(tiny_gpt2: Path, tmp_path: Path, lacks: int) -> None:
+    """Machines may have a cache each; otherwise one rank would wait for rows that nobody sends."""
+    base = load_base(str(tiny_gpt2), device="cpu")
+    (written := tmp_path / "text.txt").write_text("The capital of Peru is Lima. " * 8, encoding="utf-8")
+    alone, _ = gather_statistics(base, [NAME], Text(base, str(written), 60), batch_size=4)
+    own = tmp_path / "own"
+
+    def work() -> tuple[list[str], bool]:
+        if ranks.first() == (lacks == 0):
+            os.environ["MALMEN_HOME"] = str(own)
+        found, built = gather_statistics(base, [NAME], Text(base, str(written), 60), batch_size=4)
+        return built, apart(found.moments[NAME], alone.moments[NAME]) <= CLOSE
+
+    assert on_ranks(work) == [([NAME], True)] * 2
+    assert (own / "statistics").exists() == (lacks == 0)
 
 
 def test_every_rank_goes_on_with_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
