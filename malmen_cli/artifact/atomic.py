@@ -167,4 +167,5 @@ def write_file(path: Path, data: bytes, *, force: bool = True) -> None:
                 os.close(descriptor)
             disk.sync_at(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # renamed, or never made: then what kept it from being made is said
+            temporary.unlink()
