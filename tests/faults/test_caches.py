@@ -71,7 +71,9 @@ def test_a_failing_disk_leaves_no_conversion_or_the_whole(
     assert len(operations) >= 6
     converted = [file for file in whole if not file.startswith(".malmen-")]
     assert any(file.endswith("model.safetensors") for file in converted)
-    for k in tried(len(operations), error):
+    ks = tried(len(operations), error)
+    print(f"gguf, {error!r}: {len(ks)} of {len(operations)} operations fail")
+    for k in ks:
         writer.remove()
         with faulty_disk.failing(k, error):
             assert main([*writer.argv, "-q"]) == (code if code == 130 else 4), k

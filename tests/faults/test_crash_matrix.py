@@ -35,7 +35,9 @@ def test_a_failing_disk_leaves_nothing_or_the_whole(
     writer, (error, code) = make_writer(name), fault
     whole, operations = reference(writer, faulty_disk)
     assert operations >= 4
-    for k in tried(operations, error):
+    ks = tried(operations, error)
+    print(f"{name}, {error!r}: {len(ks)} of {operations} operations fail")
+    for k in ks:
         with faulty_disk.failing(k, error):
             assert main([*writer.argv, "-q"]) == code, k
         assert len(capsys.readouterr().err.splitlines()) == 1
@@ -63,7 +65,9 @@ def test_a_failing_disk_leaves_the_old_output(
             output.write_text("old\n", encoding="utf-8")
     else:
         assert main([*writer.argv, "-q", "--seed", "1"]) == 0
-    for k in tried(operations, error):
+    ks = tried(operations, error)
+    print(f"{name}, {error!r}: {len(ks)} of {operations} operations fail")
+    for k in ks:
         old = writer.content()
         with faulty_disk.failing(k, error):
             assert main([*writer.argv, "-q", "--force"]) == code, k
