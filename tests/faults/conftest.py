@@ -20,6 +20,7 @@ import pytest
 from gguf_file import write_gguf
 
 from malmen_cli.artifact import disk
+from malmen_cli.base.cache import cached_digest
 from malmen_cli.base.weights import fingerprint
 
 OPERATIONS = ("create", "write", "copy", "sync", "rename", "exchange")
@@ -118,9 +119,12 @@ def fact_lines(count: int) -> str:
 
 def remember(base: Path) -> None:
     """Have the base's digest kept now, so that no run writes it: it is too young for that when the test begins."""
-    for file in base.iterdir():
+    for file in [base] if base.is_file() else base.iterdir():
         os.utime(file, (1_600_000_000, 1_600_000_000))
-    fingerprint(base)
+    if base.is_file():
+        cached_digest([base], lambda: content(base))
+    else:
+        fingerprint(base)
     assert (Path(os.environ["MALMEN_HOME"]) / "fingerprints").is_dir()
 
 
@@ -147,6 +151,7 @@ def make_writer(tmp_path: Path, tiny_model_factory: Callable[..., Path]) -> Call
         evaluate = ["eval", base, str(facts), "--limit", "2", "--no-greedy"]
         if name == "gguf" and not (file := facts.with_name("tiny.gguf")).exists():
             write_gguf(file)
+            remember(file)
         return {
             "merged": Writer(apply, [place]),
             "delta": Writer([*apply, "--format", "delta"], [place]),

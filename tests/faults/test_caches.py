@@ -72,7 +72,6 @@ def test_a_failing_disk_leaves_no_conversion_or_the_whole(
     converted = [file for file in whole if not file.startswith(".malmen-")]
     assert any(file.endswith("model.safetensors") for file in converted)
     ks = tried(len(operations), error)
-    print(f"gguf, {error!r}: {len(ks)} of {len(operations)} operations fail")
     for k in ks:
         writer.remove()
         with faulty_disk.failing(k, error):
@@ -82,3 +81,4 @@ def test_a_failing_disk_leaves_no_conversion_or_the_whole(
         assert found in (set(), set(converted)), k
         assert main([*writer.argv, "-q"]) == 0
         assert writer.content() == [whole]
+    print(f"gguf, {error!r}: {len(ks)} of {len(operations)} operations fail")

@@ -36,7 +36,6 @@ def test_a_failing_disk_leaves_nothing_or_the_whole(
     whole, operations = reference(writer, faulty_disk)
     assert operations >= 4
     ks = tried(operations, error)
-    print(f"{name}, {error!r}: {len(ks)} of {operations} operations fail")
     for k in ks:
         with faulty_disk.failing(k, error):
             assert main([*writer.argv, "-q"]) == code, k
@@ -47,6 +46,7 @@ def test_a_failing_disk_leaves_nothing_or_the_whole(
         assert writer.content() == whole
         assert writer.leftovers() == []
         writer.remove()
+    print(f"{name}, {error!r}: {len(ks)} of {operations} operations fail")
 
 
 @pytest.mark.parametrize("name", ["merged", "delta", "adapter", "train-editor", "convert", "eval"])
