@@ -13,6 +13,7 @@ from malmen_cli.artifact.atomic import Staging
 from malmen_cli.artifact.manifest import MANIFEST, check_base, peek, read_sealed, sealed
 from malmen_cli.artifact.output import SIDE_FILES_BYTES, check_output
 from malmen_cli.artifact.tensors import read_tensors, tensors_bytes, write_tensors
+from malmen_cli.base.header import shown
 from malmen_cli.editing.shift import IN_OUT, OUT_IN, ModuleShift, Shift
 from malmen_cli.exceptions import EditorError
 
@@ -77,7 +78,9 @@ def read_delta(folder: Path, *, fingerprint: str | None) -> tuple[Shift, dict[st
     """
     manifest = read_sealed(folder / MANIFEST)
     if manifest.get("format") != "delta":
-        raise EditorError(f"{folder}: holds a {manifest.get('format')}, not a delta; write one with --format delta")
+        raise EditorError(
+            f"{folder}: holds a {shown(manifest.get('format'))[1:-1]}, not a delta; write one with --format delta"
+        )
     check_base(folder, manifest, fingerprint)
     modules, files, row_facts = (manifest.get(key) for key in ("modules", "files", "row_facts"))
     if not isinstance(modules, dict) or not isinstance(files, dict) or not isinstance(row_facts, list):
@@ -89,9 +92,8 @@ def read_delta(folder: Path, *, fingerprint: str | None) -> tuple[Shift, dict[st
         residual=_residual(folder, manifest.get("solver")),
     )
     if tensors:
-        raise EditorError(
-            f"{folder / TENSORS}: {min(tensors)} belongs to no module of the manifest; write the delta again"
-        )
+        foreign = shown(min(tensors))[1:-1]
+        raise EditorError(f"{folder / TENSORS}: {foreign} belongs to no module of the manifest; write the delta again")
     _check_rows(folder, shift)
     shift.check_finite()
     return shift, manifest
@@ -124,8 +126,9 @@ def _module(folder: Path, name: str, said: Any, tensors: dict[str, Tensor]) -> M
         or shapes != _shapes_said(said)
         or any(tensor.dtype != torch.float32 for tensor in found.values())
     ):
+        whose = shown(name)[1:-1]
         raise EditorError(
-            f"{folder / TENSORS}: the tensors of {name} are not those the manifest describes; write the delta again"
+            f"{folder / TENSORS}: the tensors of {whose} are not those the manifest describes; write the delta again"
         )
     return ModuleShift(str(said["layout"]), **found)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from malmen_cli.base.header import shown
 from malmen_cli.base.sealed import MANIFEST, SCHEMA, SEAL, canonical, peek, read_sealed, sealed
 from malmen_cli.exceptions import EditorError
 
@@ -26,6 +27,6 @@ def check_base(folder: Path, content: Mapping[str, Any], fingerprint: str | None
         base = content.get("base")
         name = base.get("name") if isinstance(base, Mapping) else None
         raise EditorError(
-            f"{folder}: made for another base ({name or 'unnamed'}, fingerprint {str(made_for)[:12]}) "
+            f"{folder}: made for another base ({shown(name or 'unnamed')[1:-1]}, fingerprint {str(made_for)[:12]}) "
             f"than the one given (fingerprint {fingerprint[:12]}); give that base, or make it anew for this one"
         )

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from malmen_cli.base.header import load_json
+from malmen_cli.base.header import load_json, shown
 from malmen_cli.exceptions import EditorError, NumericsError, OutputError
 
 SCHEMA = 1
@@ -59,9 +59,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if not intact:
         raise EditorError(f"{path}: damaged or edited by hand (its checksum does not match); write the folder again")
     if content.get("schema") != SCHEMA:
-        raise EditorError(
-            f"{path}: schema {content.get('schema')!r} is not {SCHEMA}; it was written by another version of malmen"
-        )
+        schema = shown(content.get("schema"))[1:-1]
+        raise EditorError(f"{path}: schema {schema} is not {SCHEMA}; it was written by another version of malmen")
     return dict(content)
 
 

@@ -26,6 +26,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
+LONGEST_NAME = 255  # of a file, on the file systems there are
 MAX_INDEX_BYTES = 256 * 1024**2
 CHUNK_BYTES = 8 * 1024**2
 
@@ -153,8 +154,8 @@ def _checked(folder: Path, name: str) -> Path:
 
 
 def is_plain(name: str) -> bool:
-    """One component on every system: no separator, drive, parent, control character or lone surrogate."""
-    if name in ("", ".", "..") or any(character in "/\\:" for character in name):
+    """One component on every system: no separator, drive, parent, control character or lone surrogate, not endless."""
+    if name in ("", ".", "..") or len(name) > LONGEST_NAME or any(character in "/\\:" for character in name):
         return False
     return name.isprintable() and name.isascii()
 

@@ -95,7 +95,7 @@ def mangled_json(draw: st.DrawFn, seeds: list[Any]) -> Any:
         elif isinstance(holder, list):
             holder.insert(key, holder[key])
         elif kind == "rename":
-            holder[draw(st.text(max_size=6))] = holder.pop(key)
+            holder[draw(st.text(max_size=6) | st.just("x" * 20_000))] = holder.pop(key)
         else:
             holder[key] = [holder[key], holder[key]]
     return root[0]
@@ -228,6 +228,23 @@ def test_mangled_files(name: str, tmp_path: Path) -> None:
         hypothesis.seed(SEED + cases)(run)()
         cases += EXAMPLES
     print(f"{name}: {cases} cases from seed {SEED}")
+
+
+def _with(pattern: str, **changes: Any) -> bytes:
+    return json.dumps(json.loads((CORPUS / pattern).read_bytes()) | changes).encode()
+
+
+KEPT = {
+    "index-long-name": ("index", _with("index/two.json", weight_map={"a": "m" * 990 + ".safetensors"})),
+    "delta-long-format": ("delta", _with("delta/malmen.json", format="x" * 2000)),
+    "delta-long-module": ("delta", _with("delta/malmen.json", modules={"x" * 2000: {}})),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_was_found_once(name: str, tmp_path: Path) -> None:
+    target, data = KEPT[name]
+    read(target, data, tmp_path)
 
 
 SOUND = {
