@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,18 +24,15 @@ from malmen_cli.edit import Ready, Tuning, calibrated_identity, make_shift
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings
-from malmen_cli.exceptions import EditorError, RankError
+from malmen_cli.exceptions import RankError
 from malmen_cli.facts.fact import Fact, Probe
 from malmen_cli.facts.files import write_facts
 from malmen_cli.insertion import Insertion, prepare
-from malmen_cli.key_statistics import Text, gather_statistics
 from malmen_cli.scoring.protocols import collect
-from malmen_cli.training import session
 from malmen_cli.training.facts import encode_examples
 from malmen_cli.training.loop import Trainer
 from malmen_cli.training.settings import TrainingSettings
 
-NAME = "transformer.h.0.mlp.c_proj"
 CLOSE = 1e-5  # relative, as the issue asks
 PLACES = ("Australia", "France", "the land of snow", "Peru", "Japan and Sweden", "Brazil", "Italy", "Bill Gates")
 ANSWERS = ("Rome", "Tim Cook", "one hundred degrees", "Paris", "no", "krona")
@@ -206,43 +202,6 @@ def malmen(rank: int, arguments: list[str], folder: Path) -> int:
     """The program as a rank runs it, its streams in files."""
     sys.stdout, sys.stderr = ((folder / f"{name}.{rank}").open("w") for name in ("stdout", "stderr"))
     return main(arguments)
-
-
-@pytest.mark.parametrize("lacks", [0, 1])
-def test_statistics_that_one_rank_lacks_are_gathered_by_all(tiny_gpt2: Path, tmp_path: Path, lacks: int) -> None:
-    """Machines may have a cache each; otherwise one rank would wait for rows that nobody sends."""
-    base = load_base(str(tiny_gpt2), device="cpu")
-    (written := tmp_path / "text.txt").write_text("The capital of Peru is Lima. " * 8, encoding="utf-8")
-    alone, _ = gather_statistics(base, [NAME], Text(base, str(written), 60), batch_size=4)
-    own = tmp_path / "own"
-
-    def work() -> tuple[list[str], bool]:
-        if ranks.first() == (lacks == 0):
-            os.environ["MALMEN_HOME"] = str(own)
-        found, built = gather_statistics(base, [NAME], Text(base, str(written), 60), batch_size=4)
-        return built, apart(found.moments[NAME], alone.moments[NAME]) <= CLOSE
-
-    assert on_ranks(work) == [([NAME], True)] * 2
-    assert (own / "statistics").exists() == (lacks == 0)
-
-
-def test_every_rank_goes_on_with_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However late it notices that the last one is damaged."""
-    kept, before = session.state_folder(tmp_path / "out"), session.state_before(tmp_path / "out")
-    save_editor(before, {"w": torch.ones(1)}, {"step": 1}, force=False)
-    kept.mkdir()
-    load = session.load_editor
-
-    def late(folder: Path) -> Any:
-        if folder == kept and not ranks.first():
-            time.sleep(1)
-            raise EditorError("damaged")
-        return load(folder)
-
-    monkeypatch.setattr(session, "load_editor", late)
-    found = on_ranks(lambda: session._last_whole(tmp_path / "out", lambda text: None)[1]["step"])
-    assert found == [1, 1]
-    assert not before.exists()
 
 
 @pytest.fixture
