@@ -6,13 +6,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest_socket
 
 from malmen_cli.base import ranks
+from malmen_cli.cli.errors import main
 
 
 def free_port() -> int:
@@ -67,3 +70,18 @@ def on_ranks(work: Callable[[], Any], count: int = 2) -> list[Any]:
         process.join(60)
     assert not [result for result in results if isinstance(result, str)], results
     return results
+
+
+def malmen(rank: int, arguments: list[str], folder: Path) -> int:
+    """The program as a rank runs it, its streams in files."""
+    sys.stdout, sys.stderr = ((folder / f"{name}.{rank}").open("w") for name in ("stdout", "stderr"))
+    return main(arguments)
+
+
+def run_all(arguments: list[str], folder: Path) -> list[int]:
+    """The exit codes of two ranks that run the program."""
+    codes = []
+    for process, pipe in start(lambda rank: malmen(rank, arguments, folder), 2):
+        codes.append(pipe.recv())
+        process.join(60)
+    return codes

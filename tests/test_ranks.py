@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from several import on_ranks, start
+from several import malmen, on_ranks, run_all, start
 
-from malmen_cli import guard
 from malmen_cli.artifact.editors import save_editor
 from malmen_cli.base import ranks
 from malmen_cli.base.families import block_index
@@ -198,12 +196,6 @@ def test_the_same_answers_and_calibrated_identity(tiny_gpt2: Path) -> None:
 # ---------------------------------------------------------------- the program
 
 
-def malmen(rank: int, arguments: list[str], folder: Path) -> int:
-    """The program as a rank runs it, its streams in files."""
-    sys.stdout, sys.stderr = ((folder / f"{name}.{rank}").open("w") for name in ("stdout", "stderr"))
-    return main(arguments)
-
-
 @pytest.fixture
 def files(tmp_path: Path, tiny_gpt2: Path) -> Path:
     base = load_base(str(tiny_gpt2), device="cpu")
@@ -211,14 +203,6 @@ def files(tmp_path: Path, tiny_gpt2: Path) -> Path:
     said = {"base": {"fingerprint": base.fingerprint}, "method": "malmen", "settings": vars(SETTINGS)}
     save_editor(tmp_path / "editor", stirred(base, SETTINGS).state(), said, force=False)
     return tmp_path
-
-
-def run_all(arguments: list[str], folder: Path) -> list[int]:
-    codes = []
-    for process, pipe in start(lambda rank: malmen(rank, arguments, folder), 2):
-        codes.append(pipe.recv())
-        process.join(60)
-    return codes
 
 
 def test_apply_writes_what_one_process_writes_and_one_rank_speaks(
@@ -244,34 +228,6 @@ def test_other_commands_are_the_first_rank_s_to_say(files: Path) -> None:
     assert run_all(["facts", "check", str(files / "facts.jsonl"), "--json"], files) == [0, 0]
     assert json.loads((files / "stdout.0").read_text())["count"] == 6
     assert (files / "stdout.1").read_text() == (files / "stderr.1").read_text() == ""
-
-
-def test_no_rank_says_done_of_what_it_has_not_looked_at(tiny_gpt2: Path, files: Path) -> None:
-    (files / "broken.jsonl").write_text('{"prompt": 3}')
-    assert run_all(["facts", "check", str(files / "broken.jsonl")], files) == [3, 3]
-    given = ["eval", str(tiny_gpt2), str(files / "facts.jsonl"), "--min-es", "1", "--device", "cpu"]
-    assert run_all(given, files) == [1, 1]
-    assert "gate not met" in (files / "stderr.0").read_text()
-    assert (files / "stderr.1").read_text() == ""
-
-
-def test_what_is_written_is_the_first_rank_s(files: Path) -> None:
-    given = ["facts", "convert", str(files / "facts.jsonl"), "-o", str(files / "converted.jsonl")]
-    assert run_all(given, files) == [0, 0]  # the second would find the file there
-    assert len((files / "converted.jsonl").read_text().splitlines()) == 6
-
-
-def test_a_destructive_edit_is_refused_by_every_rank(
-    tiny_gpt2: Path, files: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(guard, "MAX_RELATIVE_NORM", 0.0)
-    given = ["apply", str(tiny_gpt2), str(files / "facts.jsonl"), "--editor", str(files / "editor")]
-    assert run_all([*given, "-o", str(files / "out"), "--score", "0", "--device", "cpu", "-q"], files) == [5, 5]
-    for rank in range(2):
-        (line,) = (files / f"stderr.{rank}").read_text().splitlines()
-        assert line.startswith(("malmen: error: ", "rank 1: malmen: error: ")[rank])
-        assert "destroys the model" in line
-    assert not (files / "out").exists()
 
 
 def test_a_rank_that_dies_ends_the_run_and_the_old_output_stays(tiny_gpt2: Path, files: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ranks that do not find the same files, or not at the same time."""
+"""Ranks that do not find the same files, or not at the same time; and what each of them says."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from several import on_ranks
+from several import on_ranks, run_all
 
+from malmen_cli import guard
 from malmen_cli.artifact.editors import save_editor
 from malmen_cli.base import ranks
 from malmen_cli.base.model import load_base
@@ -56,3 +57,35 @@ def test_every_rank_goes_on_with_the_state_before(tmp_path: Path, monkeypatch: p
     found = on_ranks(lambda: session._last_whole(tmp_path / "out", lambda text: None)[1]["step"])
     assert found == [1, 1]
     assert not before.exists()
+
+
+def test_no_rank_says_done_of_what_it_has_not_looked_at(tiny_gpt2: Path, facts_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"prompt": 3}', encoding="utf-8")
+    assert run_all(["facts", "check", str(tmp_path / "broken.jsonl")], tmp_path) == [3, 3]
+    given = ["eval", str(tiny_gpt2), str(facts_file), "--min-es", "1", "--device", "cpu"]
+    assert run_all(given, tmp_path) == [1, 1]
+    assert "gate not met" in (tmp_path / "stderr.0").read_text()
+    assert (tmp_path / "stderr.1").read_text() == ""
+
+
+def test_what_is_written_is_the_first_rank_s(facts_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "converted.jsonl"
+    assert run_all(["facts", "convert", str(facts_file), "-o", str(out)], tmp_path) == [
+        0,
+        0,
+    ]  # the second would find it
+    assert len(out.read_text().splitlines()) == 4
+
+
+def test_a_destructive_edit_is_refused_by_every_rank(
+    tiny_gpt2: Path, facts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "MAX_RELATIVE_NORM", 0.0)
+    (tmp_path / "tuning.yaml").write_text("method: finetune\nsettings: {epochs: 1}\n", encoding="utf-8")
+    given = ["apply", str(tiny_gpt2), str(facts_file), "--spec", str(tmp_path / "tuning.yaml"), "--device", "cpu"]
+    assert run_all([*given, "-o", str(tmp_path / "out"), "--score", "0", "-q"], tmp_path) == [5, 5]
+    for rank in range(2):
+        (line,) = (tmp_path / f"stderr.{rank}").read_text().splitlines()
+        assert line.startswith(("malmen: error: ", "rank 1: malmen: error: ")[rank])
+        assert "destroys the model" in line
+    assert not (tmp_path / "out").exists()
