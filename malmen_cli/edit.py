@@ -3,7 +3,6 @@ fine-tuning or MEMIT."""
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,6 @@ from malmen_cli.artifact.editors import find_editor, load_editor
 from malmen_cli.base.families import block_index
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded, encode_each
-from malmen_cli.base.sampling import sampled_texts
 from malmen_cli.editing.capture import row_count
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.methods.finetune import Finetune, tuned_module
@@ -29,15 +27,10 @@ from malmen_cli.editing.shift import Shift, applied
 from malmen_cli.editing.spec import FinetuneSpec, MemitSpec, Spec
 from malmen_cli.exceptions import EditorError, SpecError, naming
 from malmen_cli.facts.fact import Fact
+from malmen_cli.identity import untrained_editor
 from malmen_cli.insertion import Insertion, memit_shift, prepare
-from malmen_cli.training.calibration import Calibration, calibrate, preserve
-from malmen_cli.training.facts import Example, encode_examples
-from malmen_cli.training.objective import References
+from malmen_cli.training.calibration import Calibration
 
-CALIBRATION_FACTS = 1024  # of the given facts, edited at once while an identity network's step is searched
-JUDGED_FACTS = 64  # of those, whose wordings and locality probes decide
-IDENTITY_LOCALITY_WEIGHT = 3.0  # the score is a harmonic mean: what moved costs more than what was not learned
-CONTINUATION = 6  # tokens of the base's own text after a locality prompt that calibration tries to keep
 FEW = 0.25  # rows for each number of a key, up to which a trained editor takes half as many passes again
 
 
@@ -188,32 +181,10 @@ def calibrated_identity(
     batch_size: int,
     note: Callable[[str], None] = lambda text: None,
 ) -> Ready:
-    """The untrained form, its normaliser, preserved keys and step taken from the facts themselves.
-
-    The step is the one that makes the edits stick while what the base says after the facts' locality prompts, or in
-    its own sampled text where there are none, diverges least.
-    """
+    """The untrained form, calibrated on the facts themselves. Raises FactsError, NumericsError."""
     settings = replace(settings, network="identity")
     encode_edits(base, facts, end_of_text=settings.end_of_text)  # what cannot be encoded is refused by name
-    editor = Editor.fresh(base.model, settings)
-    runner = Runner(base, min(block_index(base.model, name) for name in editor.names))
-    sample = _spread(facts, CALIBRATION_FACTS)
-    examples = encode_examples(base.task, sample, end_of_text=settings.end_of_text, room=base.room)
-    own = sampled_texts(base, seed=seed)
-    judged = examples[:JUDGED_FACTS]
-    probes = [probe for example in judged for probe in example.probes[:1]] or [text.answered(()) for text in own]
-    preserve(editor, runner, [*own, *_locality(base, facts)], batch_size)
-    with naming([example.id for example in examples]):
-        calibration = calibrate(
-            editor,
-            runner,
-            [example.edit for example in examples],
-            _wordings(judged),
-            References(runner, CONTINUATION, batch_size).of(probes),
-            locality_weight=IDENTITY_LOCALITY_WEIGHT,
-            batch_size=batch_size,
-            note=note,
-        )
+    editor, calibration = untrained_editor(base, facts, settings, seed=seed, batch_size=batch_size, note=note)
     return Ready(editor, "identity", calibration=calibration)
 
 
@@ -293,19 +264,3 @@ def manifest(
         },
         "seed": seed,
     }
-
-
-def _spread(facts: Sequence[Fact], size: int) -> list[Fact]:
-    """`size` facts chosen by content, so that neither order nor neighbours decide."""
-    keyed = sorted(facts, key=lambda fact: hashlib.sha256(f"{fact.prompt}\0{fact.target}".encode()).digest())
-    return keyed[:size]
-
-
-def _locality(base: Base, facts: Sequence[Fact]) -> list[Encoded]:
-    examples = encode_examples(base.task, _spread(facts, 1000), end_of_text=False, room=base.room)
-    return [probe for example in examples for probe in example.probes]
-
-
-def _wordings(examples: Sequence[Example]) -> list[Encoded]:
-    """Each fact's edit and one rephrase: what has to be learned."""
-    return [wording for example in examples for wording in example.wordings()[:2]]

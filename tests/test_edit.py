@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import malmen_cli
-import malmen_cli.edit as edit
+import malmen_cli.identity as identity
 from malmen_cli.artifact.editors import install_editor, save_editor
 from malmen_cli.artifact.manifest import canonical
 from malmen_cli.base import causal
@@ -267,17 +267,17 @@ def test_the_step_is_calibrated_on_the_base_s_own_text_where_there_are_no_probes
     base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
-    true = edit.calibrate
+    true = identity.calibrate
 
     def calibrate(editor: Any, runner: Any, edits: Any, wordings: Any, references: Any, **options: Any) -> Any:
         seen.update(edits=edits, wordings=wordings, references=references)
         return true(editor, runner, edits, wordings, references, **options)
 
-    monkeypatch.setattr(edit, "calibrate", calibrate)
+    monkeypatch.setattr(identity, "calibrate", calibrate)
     calibrated_identity(base, some_facts(100), SETTINGS, seed=0, batch_size=16)
     assert len(seen["edits"]) == 100  # the step has to suit the number of facts edited at once
-    assert len(seen["references"]) == edit.JUDGED_FACTS
-    assert len(seen["wordings"]) == 2 * edit.JUDGED_FACTS
+    assert len(seen["references"]) == identity.JUDGED_FACTS
+    assert len(seen["wordings"]) == 2 * identity.JUDGED_FACTS
     calibrated_identity(base, some_facts(3, probes=False), SETTINGS, seed=0, batch_size=16)
     assert len(seen["references"]) == 32
     bos = base.tokenizer.bos_token_id
@@ -287,7 +287,7 @@ def test_the_step_is_calibrated_on_the_base_s_own_text_where_there_are_no_probes
 def test_preserved_keys_are_those_of_probes_alone(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """No token stands in for an answer: its key would be one of a text nobody wrote."""
     seen: list[Any] = []
-    monkeypatch.setattr(edit, "preserve", lambda editor, runner, sequences, size: seen.extend(sequences))
+    monkeypatch.setattr(identity, "preserve", lambda editor, runner, sequences, size: seen.extend(sequences))
     facts = some_facts(4)
     calibrated_identity(base, facts, SETTINGS, seed=0, batch_size=4)
     wanted = {tuple(base.tokenizer(probe.prompt)["input_ids"]) for fact in facts for probe in fact.locality}
