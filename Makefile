@@ -54,7 +54,7 @@ test: $(VENV)/.dev
 test-fast: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
 
-# Every operation of the disk x every fault x every command that writes, and 240 kills: about 15 minutes.
+# Every operation of the disk x every fault x every command that writes, and 240 kills: about half an hour of a free core.
 faults: $(VENV)/.dev
 	MALMEN_FAULTS=full $(BIN)/python -m pytest --quiet -rP tests/faults
 
