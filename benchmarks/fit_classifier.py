@@ -24,6 +24,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from malmen_cli.base.families import stacks
 
 LABELS = ("REFUTES", "SUPPORTS")
+POOL = 8  # batches whose claims are sorted by length together: a third fewer tokens, most of which were padding
 Claim = tuple[str, int]
 
 
@@ -34,9 +35,12 @@ def read_claims(path: Path, most: int | None) -> list[Claim]:
 
 
 def batches(claims: Sequence[Claim], size: int, tokenizer: Any) -> Iterator[tuple[Any, torch.Tensor]]:
-    for start in range(0, len(claims), size):
-        texts, labels = zip(*claims[start : start + size], strict=True)
-        yield tokenizer(list(texts), return_tensors="pt", padding=True), torch.tensor(labels)
+    """Every claim once, those of a batch alike in length."""
+    for first in range(0, len(claims), POOL * size):
+        pool = sorted(claims[first : first + POOL * size], key=lambda claim: len(claim[0]))
+        for start in range(0, len(pool), size):
+            texts, labels = zip(*pool[start : start + size], strict=True)
+            yield tokenizer(list(texts), return_tensors="pt", padding=True), torch.tensor(labels)
 
 
 @torch.no_grad()
