@@ -31,10 +31,10 @@ from malmen_cli.training.calibration import Calibration, calibrate, preserve
 from malmen_cli.training.facts import Cohort, Draw, Example, cohorts, draw
 from malmen_cli.training.objective import MetaLoss, References, meta_loss
 from malmen_cli.training.settings import TrainingSettings
-from malmen_cli.training.validation import Validation, validate
+from malmen_cli.training.validation import Validation, climb, validate
 
 COHORT = 32  # facts drawn together: enough for a full LM batch, few enough for many different draws
-STEP_FACTORS = (0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2)  # tried on every step of the trained editor
+STEP_RATIO, MOST_RATIOS = 1.2, 6  # what every step of the trained editor is changed by while that helps, and how often
 BAD_STEPS = 5  # consecutive steps without a finite loss, after which training stops
 
 
@@ -171,18 +171,21 @@ class Trainer:
         self._take(compact(self.best.state))
         trained = [group.network.log_lr.detach().clone() for group in self.editor.groups]
 
-        def scale(factor: float) -> None:
+        def scale(power: int) -> float:
+            factor = STEP_RATIO**power
             for group, log_lr in zip(self.editor.groups, trained, strict=True):
                 group.network.log_lr.data.copy_(log_lr + math.log(factor))
+            return factor
 
-        found: dict[float, Validation] = {}
-        for factor in STEP_FACTORS:
-            scale(factor)
-            found[factor] = self.validate()
-            note(f"steps times {factor:g}: {found[factor]}")
-        best = max(found, key=lambda factor: found[factor].rank)
-        scale(best)
-        return Finished(compact(self.editor.state()), best, found[best])
+        def judge(power: int) -> Validation:
+            factor = scale(power)
+            validation = self.validate()
+            note(f"steps times {factor:.3g}: {validation}")
+            return validation
+
+        best, validation = climb(judge, MOST_RATIOS)
+        factor = scale(best)
+        return Finished(compact(self.editor.state()), factor, validation)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything `restore` needs: tensors, and plain data."""

@@ -7,7 +7,7 @@ token of that text is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -68,6 +68,21 @@ def validate(
     # The last label of a reference is what stands behind the base's text, where anything does.
     kept = {"whole": False, "last": not runner.task.behind}
     return Validation(*_shares(es, **answers), *_shares(gs, **answers), *_shares(ls, **kept))
+
+
+def climb(judge: Callable[[int], Validation], most: int) -> tuple[int, Validation]:
+    """The whole number of at most `most` whose validation is best: from 0 upwards, or else downwards, as long as each
+    is better than the one before."""
+    best, top = 0, judge(0)
+    for direction in (1, -1):
+        while abs(best) < most:
+            found = judge(best + direction)
+            if found.rank <= top.rank:
+                break
+            best, top = best + direction, found
+        if best:
+            break
+    return best, top
 
 
 def _hits(

@@ -28,7 +28,7 @@ from malmen_cli.editing.shift import applied
 from malmen_cli.exceptions import FactNumericsError, NumericsError
 from malmen_cli.facts.fact import Fact
 from malmen_cli.training.facts import Example, draw, encode_examples
-from malmen_cli.training.loop import BAD_STEPS, STEP_FACTORS, Best, Progress, Trainer, random_sample
+from malmen_cli.training.loop import BAD_STEPS, MOST_RATIOS, STEP_RATIO, Best, Progress, Trainer, random_sample
 from malmen_cli.training.objective import MetaLoss, References
 from malmen_cli.training.validation import Validation
 
@@ -371,7 +371,9 @@ def test_finish_validates_exactly_what_is_saved(
     assert same(trainer.best.state, best)
     assert same(trainer.editor.state(), {name: tensor.float() for name, tensor in tensors.items()})
     assert same({**tensors, "0.log_lr": best["0.log_lr"]}, compact(best))
-    assert finished.step_factor in STEP_FACTORS
+    power = math.log(finished.step_factor) / math.log(STEP_RATIO)
+    assert power == pytest.approx(round(power), abs=1e-9)
+    assert abs(round(power)) <= MOST_RATIOS
     torch.testing.assert_close(tensors["0.log_lr"], best["0.log_lr"] + math.log(finished.step_factor))
     save_editor(tmp_path / "editor", tensors, {}, force=False)
     read, _ = load_editor(tmp_path / "editor")
@@ -381,11 +383,21 @@ def test_finish_validates_exactly_what_is_saved(
     assert fresh.validate() == validation
 
 
-@pytest.mark.parametrize("wanted", STEP_FACTORS)
+@pytest.mark.parametrize(
+    ("wanted", "asked"),
+    [
+        (0, [0, 1, -1]),
+        (1, [0, 1, 2]),
+        (3, [0, 1, 2, 3, 4]),
+        (99, [0, 1, 2, 3, 4, 5, 6]),
+        (-2, [0, 1, -1, -2, -3]),
+        (-99, [0, 1, -1, -2, -3, -4, -5, -6]),
+    ],
+)
 def test_finish_takes_the_best_factor_on_the_best_editor_s_steps(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, wanted: float
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, wanted: int, asked: list[int]
 ) -> None:
-    """Not on those of the last step, which may have got worse."""
+    """Not on those of the last step, which may have got worse; up or down, as long as it gets better."""
     trainer.prepare()
     trainer.run(quiet, lambda: None)
     kept, network = trainer.best.state["0.log_lr"].clone(), trainer.editor.groups[0].network
@@ -393,19 +405,19 @@ def test_finish_takes_the_best_factor_on_the_best_editor_s_steps(
     tried: list[float] = []
 
     def validated() -> Validation:
-        tried.append(float((trainer.editor.groups[0].network.log_lr - kept).detach().exp().mean()))
-        score = math.exp(-abs(math.log(tried[-1] / wanted)))
+        tried.append(float((trainer.editor.groups[0].network.log_lr - kept).detach().mean()) / math.log(STEP_RATIO))
+        score = 0.9 ** abs(tried[-1] - wanted)
         return Validation(*[score] * 6)
 
     monkeypatch.setattr(trainer, "validate", validated)
     said: list[str] = []
     finished = trainer.finish(said.append)
-    tensors, validation = finished.state, finished.validation
-    assert finished.step_factor == wanted
-    assert [line.split(":")[0] for line in said] == [f"steps times {factor:g}" for factor in STEP_FACTORS]
-    assert tried == pytest.approx(STEP_FACTORS, rel=1e-5)
-    assert validation.score == pytest.approx(1.0, rel=1e-5)
-    torch.testing.assert_close(tensors["0.log_lr"], kept + math.log(wanted))
+    best = max(-MOST_RATIOS, min(wanted, MOST_RATIOS))
+    assert tried == pytest.approx(asked, abs=1e-4)
+    assert [line.split(":")[0] for line in said] == [f"steps times {STEP_RATIO**power:.3g}" for power in asked]
+    assert finished.step_factor == pytest.approx(STEP_RATIO**best)
+    assert finished.validation.score == pytest.approx(0.9 ** abs(best - wanted), rel=1e-3)
+    torch.testing.assert_close(finished.state["0.log_lr"], kept + best * math.log(STEP_RATIO))
     assert trainer.method.editor is trainer.editor
 
 
