@@ -141,7 +141,12 @@ def find_ready(base: Base, spec: Spec, folder: Path | None) -> Ready | None:
     settings = _with_spec(settings, spec, place)
     editor = Editor.restored(base.model, settings, tensors, where=str(place))
     digest = str(description["files"]["editor.safetensors"])
-    return Ready(editor, trained, place, digest, rounds_asked="rounds" in spec.given)
+    return Ready(editor, trained, place, digest, rounds_asked=_rounds_asked(spec))
+
+
+def _rounds_asked(spec: Spec) -> bool:
+    """`rounds: null` in a spec leaves them as they are."""
+    return spec.given.get("rounds") is not None
 
 
 def finishing(base: Base, ready: Ready, facts: Sequence[Fact]) -> Ready:
@@ -151,7 +156,8 @@ def finishing(base: Base, ready: Ready, facts: Sequence[Fact]) -> Ready:
     would go on where the weights have no room left (docs/editor-recipe.md).
     """
     editor, settings = ready.editor, ready.settings
-    if ready.rounds_asked or settings.passes == 1 or len(facts) > FEW * min(group.dk for group in editor.groups):
+    several = settings.passes > 1 and settings.aggregation == "ridge" and settings.network != "identity"
+    if ready.rounds_asked or not several or len(facts) > FEW * min(group.dk for group in editor.groups):
         return ready
     edits = encode_edits(base, facts, end_of_text=settings.end_of_text)
     if any(row_count(edits, settings.tokens, group.reads) > FEW * group.dk for group in editor.groups):
@@ -169,7 +175,7 @@ def _with_spec(settings: MalmenSettings, spec: Spec, place: Path) -> MalmenSetti
                 f"{place}: trained with {name}: {trained}, but {spec.source} says {asked}; "
                 "leave it out, choose another --editor, or calibrate an untrained network with --method identity"
             )
-    return replace(settings, rounds=spec.settings.rounds) if "rounds" in spec.given else settings
+    return replace(settings, rounds=spec.settings.rounds) if _rounds_asked(spec) else settings
 
 
 def calibrated_identity(

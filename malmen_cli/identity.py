@@ -21,6 +21,7 @@ from malmen_cli.training.objective import References
 CALIBRATION_FACTS = 1024  # of the given facts, edited at once while an identity network's step is searched
 JUDGED_FACTS = 64  # of those, whose wordings and locality probes decide
 IDENTITY_LOCALITY_WEIGHT = 3.0  # the score is a harmonic mean: what moved costs more than what was not learned
+PRESERVED_FACTS = 1000  # whose locality prompts make C0
 CONTINUATION = 6  # tokens of the base's own text after a locality prompt that calibration tries to keep
 
 
@@ -33,7 +34,8 @@ def untrained_editor(
     batch_size: int,
     note: Callable[[str], None] = lambda text: None,
 ) -> tuple[Editor, Calibration]:
-    """The editor of `settings` (network: identity), and how its step was found. Raises NumericsError.
+    """The editor of `settings` (network: identity), and how its step was found. Raises FactsError, NumericsError,
+    MemoryLimitError.
 
     The step is the one that makes the edits stick while what the base says after the facts' locality prompts, or in
     its own sampled text where there are none, diverges least.
@@ -67,7 +69,7 @@ def _spread(facts: Sequence[Fact], size: int) -> list[Fact]:
 
 
 def _locality(base: Base, facts: Sequence[Fact]) -> list[Encoded]:
-    examples = encode_examples(base.task, _spread(facts, 1000), end_of_text=False, room=base.room)
+    examples = encode_examples(base.task, _spread(facts, PRESERVED_FACTS), end_of_text=False, room=base.room)
     return [probe for example in examples for probe in example.probes]
 
 

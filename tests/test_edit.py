@@ -367,7 +367,12 @@ def test_the_spec_says_how_many_passes_and_nobody_else(base: Base, tmp_path: Pat
     editor = Editor.fresh(base.model, replace(SETTINGS, rounds=4))
     said = {"base": {"fingerprint": base.fingerprint}, "method": "malmen", "settings": vars(editor.settings)}
     save_editor(tmp_path / "editor", editor.state(), said, force=False)
-    for rounds, given, wanted in ((None, {}, 6), (4, {"rounds": 4}, 4), (2, {"rounds": 2}, 2)):
+    for rounds, given, wanted in (
+        (None, {}, 6),
+        (None, {"rounds": None}, 6),
+        (4, {"rounds": 4}, 4),
+        (2, {"rounds": 2}, 2),
+    ):
         spec = Spec(settings=replace(SETTINGS, rounds=rounds), given=given)
         told: dict[str, Any] = {"editor": tmp_path / "editor", "stats_from": None, "seed": 0, "batch_size": 4}
         assert ready_for(base, spec, some_facts(1), **told).settings.passes == wanted

@@ -95,6 +95,8 @@ class _Header:
         if dimensions > MAX_DIMENSIONS:
             raise self._broken(f"tensor {shown(name)} has {dimensions} dimensions")
         size = prod(self._number(8) for _ in range(dimensions))
+        if size > 8 * self.file.stat().st_size:  # no encoding has less than a bit a number
+            raise self._broken(f"tensor {shown(name)} is said to have {size} numbers, more than the file can hold")
         self._skip(4 + 8)  # type and offset
         return size
 

@@ -94,6 +94,13 @@ def wait() -> None:
     add_up(torch.zeros(1))
 
 
+def all_say(so: bool) -> bool:
+    """Whether it is so on every rank."""
+    said = torch.tensor(int(so))
+    add_up(said)
+    return int(said) == count()
+
+
 def same(*tensors: Tensor) -> None:
     """Put the first rank's values in place of each tensor's."""
     if _several():

@@ -158,11 +158,11 @@ def _publish(
     failed = [gate for gate in gates if not gate.passed]
     if rank() == 0:
         console.table(table(report))
-        _write(report, per_fact, plot, force)
         seconds = time.monotonic() - started
         console.document(report.to_json(model=pair.model, base=pair.base, gates=gates, seconds=seconds))
         for gate in failed:
             console.error(f"malmen: gate not met: {gate}")
+        _write(report, per_fact, plot, force)  # last: what was found is said, whatever becomes of the files
     if failed:
         raise typer.Exit(_GATE_FAILED)
 

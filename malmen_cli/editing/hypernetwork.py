@@ -132,8 +132,9 @@ class HyperNetwork(nn.Module):
         return -self.steps(roles) * bounded * self._asked(gradients, roles)
 
     def _asked(self, gradients: Tensor, roles: Tensor) -> Tensor:
-        """How much of its push each row is to have, (m, n, 1); all of it in the identity network, which has no bias."""
-        if len(self.down) == 0:
+        """How much of its push each row is to have, (m, n, 1); all of it where nothing is a bias, without blocks and
+        mean."""
+        if len(self.down) == 0 and not bool(self.mean.any()):
             return torch.ones_like(gradients[..., :1])
         usual = (self.mean.square() + self.std.square())[..., self.dk :].sum(-1).sqrt()
         asked: Tensor = gradients.norm(dim=-1, keepdim=True) / (FAINT * usual[:, roles, None])

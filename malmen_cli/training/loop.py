@@ -250,7 +250,7 @@ class Trainer:
         for group, rows, solution in zip(editor.groups, captured, solutions, strict=True):
             self.method.pull_back(group, rows, group.stack(loss.gradients) * len(passes), solution)
         norm = torch.nn.utils.clip_grad_norm_(list(editor.parameters()), self.settings.clip)
-        sane = math.isfinite(loss.total(1.0)) and bool(torch.isfinite(norm))
+        sane = ranks.all_say(math.isfinite(loss.total(1.0)) and bool(torch.isfinite(norm)))
         if sane:
             for rates in self.optimizer.param_groups:
                 rates["lr"] = rates["peak"] * self._schedule()

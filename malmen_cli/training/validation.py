@@ -71,8 +71,8 @@ def validate(
 
 
 def climb(judge: Callable[[int], Validation], most: int) -> tuple[int, Validation]:
-    """The whole number of at most `most` whose validation is best: from 0 upwards, or else downwards, as long as each
-    is better than the one before."""
+    """The first top of validations by whole numbers of at most `most`: from 0 upwards, or else downwards, as long as
+    each is better than the one before; and its validation."""
     best, top = 0, judge(0)
     for direction in (1, -1):
         while abs(best) < most:
