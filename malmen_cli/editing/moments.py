@@ -35,8 +35,10 @@ def second_moments(
     names: Sequence[str],
     batch_size: int,
     progress: Callable[[int], None] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """`E[k k']` over every token of `sequences`, per module (dk, dk) fp32 in host memory; summed in fp64. Of several
+    """`E[k k']` over every token of `sequences`, per module (dk, dk) `dtype` in host memory; summed in fp64. Of several
     ranks, each reads its share of them.
 
     progress: called with the number of tokens of every batch. Raises NumericsError naming a module whose keys are not
@@ -58,4 +60,4 @@ def second_moments(
     for name, total in sums.items():
         if not bool(torch.isfinite(total.sum())):
             raise NumericsError(f"{name}: its keys are not finite; load the base in another --dtype")
-    return {name: (total / counts[name].clamp(min=1)).float().cpu() for name, total in sums.items()}
+    return {name: (total / counts[name].clamp(min=1)).to(dtype).cpu() for name, total in sums.items()}

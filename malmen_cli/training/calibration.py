@@ -47,7 +47,8 @@ def preserve(editor: Editor, runner: Runner, sequences: Sequence[Encoded], batch
     rank = editor.settings.preserved_rank
     if rank == 0 or not sequences or editor.settings.aggregation == "sum":
         return
-    moments = second_moments(runner, sequences, editor.names, batch_size)
+    # In fp64: C0 of few prompts has directions without energy, and rounding would give them some.
+    moments = second_moments(runner, sequences, editor.names, batch_size, dtype=torch.float64)
     for group in editor.groups:
         preserved = Preserved.of(torch.stack([moments.pop(name) for name in group.names]), rank)
         group.preserved = preserved.to(group.network.mean.device)
