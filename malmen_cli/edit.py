@@ -235,7 +235,7 @@ def _in_passes(
     # The blocks in front of the first edited one are the same in every pass: their output is kept, within bounds.
     again = editor.settings.passes > 1
     first = min(block_index(base.model, name) for name in editor.names) if again else 0
-    runner, method = Runner(base, first, **keeping), Malmen(editor, damped=True)
+    runner, method = Runner(base, first, **keeping), Malmen(editor)
     shift = method.shift(runner, edits, ids, batch_size=batch_size, keep=again, progress=progress)
     for _ in range(1, editor.settings.passes):
         with applied(base.model, shift):
