@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, pad
 
 PROMPT_END, ANSWER, SUBJECT = range(3)  # a row's role in its fact
-FAINT = 0.1  # share of the usual gradient of its role below which a row is as good as learned
 
 
 class Prompt(Protocol):
@@ -34,8 +33,7 @@ class Prompt(Protocol):
 class Network:
     """The hyper-network of one weight shape, from an editor's tensors; module axis m, role axis r.
 
-    y <- y + scale * relu(y A B + bias) + shift, twice; d = -lr (k . k~) g~ with the norm of d / lr bounded, and less of
-    it where g is faint.
+    y <- y + scale * relu(y A B + bias) + shift, twice; d = -lr (k . k~) g~ with the norm of d / lr bounded.
     """
 
     tensors: dict[str, Tensor]
@@ -50,9 +48,7 @@ class Network:
             y = y + t["scale"][i, m, roles] * pushed + t["shift"][i, m, roles]
         push = (keys * y[:, : self.dk]).sum(1, keepdim=True) * y[:, self.dk :]
         size = push.norm(dim=1, keepdim=True).clamp(min=torch.finfo(push.dtype).tiny)
-        usual = (t["mean"][m, roles].square() + t["std"][m, roles].square())[:, self.dk :].sum(1, keepdim=True).sqrt()
-        asked = (gradients.norm(dim=1, keepdim=True) / (FAINT * usual)).clamp(max=1)
-        return -t["log_lr"].exp()[m, roles, None] * push * (t["limit"][m, roles, None] / size).clamp(max=1) * asked
+        return -t["log_lr"].exp()[m, roles, None] * push * (t["limit"][m, roles, None] / size).clamp(max=1)
 
     def second_moment(self, m: int) -> Tensor:
         """C0 (dk, dk) in fp64, from its kept basis and the mean of what was left out."""

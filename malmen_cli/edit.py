@@ -36,7 +36,9 @@ FEW = 0.25  # rows for each number of a key, up to which a trained editor takes 
 
 @dataclass(frozen=True)
 class Ready:
-    """An editor that fits the base, and where it came from. rounds_asked: whether the user said how many passes."""
+    """An editor that fits the base, and where it came from. rounds_asked: whether the user said how many passes.
+    finishing: how many of them come behind those that it was trained with; what is learned hardly pushes in these.
+    """
 
     editor: Editor
     method: str
@@ -44,6 +46,7 @@ class Ready:
     sha256: str | None = None
     calibration: Calibration | None = None
     rounds_asked: bool = False
+    finishing: int = 0
 
     @property
     def settings(self) -> MalmenSettings:
@@ -163,7 +166,8 @@ def finishing(base: Base, ready: Ready, facts: Sequence[Fact]) -> Ready:
     if any(row_count(edits, settings.tokens, group.reads) > FEW * group.dk for group in editor.groups):
         return ready
     longer = replace(settings, rounds=settings.passes + settings.passes // 2)
-    return replace(ready, editor=Editor(longer, editor.groups, editor.layouts))
+    added = longer.passes - settings.passes
+    return replace(ready, editor=Editor(longer, editor.groups, editor.layouts), finishing=added)
 
 
 def _with_spec(settings: MalmenSettings, spec: Spec, place: Path) -> MalmenSettings:
@@ -220,12 +224,12 @@ def make_shift(
             tuned = Finetune(ready.settings, seed=ready.seed)
             runner = Runner(base, block_index(base.model, module), **keeping)
             return tuned.shift(runner, module, edits, batch_size=batch_size, progress=progress, note=note)
-        return _in_passes(base, ready.editor, edits, ids, keeping, batch_size, progress)
+        return _in_passes(base, ready, edits, ids, keeping, batch_size, progress)
 
 
 def _in_passes(
     base: Base,
-    editor: Editor,
+    ready: Ready,
     edits: Sequence[Encoded],
     ids: Sequence[str],
     keeping: dict[str, int],
@@ -233,11 +237,14 @@ def _in_passes(
     progress: Callable[[int], None] | None,
 ) -> Shift:
     # The blocks in front of the first edited one are the same in every pass: their output is kept, within bounds.
-    again = editor.settings.passes > 1
+    editor, passes = ready.editor, ready.settings.passes
+    again = passes > 1
     first = min(block_index(base.model, name) for name in editor.names) if again else 0
     runner, method = Runner(base, first, **keeping), Malmen(editor)
     shift = method.shift(runner, edits, ids, batch_size=batch_size, keep=again, progress=progress)
-    for _ in range(1, editor.settings.passes):
+    for number in range(1, passes):
+        if number == passes - ready.finishing:
+            method = Malmen(editor, damped=True)
         with applied(base.model, shift):
             more = method.shift(runner, edits, ids, batch_size=batch_size, keep=again, progress=progress)
         shift = shift.plus(more)

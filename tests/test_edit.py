@@ -356,6 +356,7 @@ def test_few_facts_have_half_as_many_passes_again(base: Base) -> None:
         passes[rows] = finishing(base, ready, some_facts(count)).settings.passes
     assert passes == {rows: 6 if rows <= 16 else 4 for rows in passes}
     assert set(passes.values()) == {4, 6}
+    assert (ready.finishing, finishing(base, ready, some_facts(1)).finishing) == (0, 2)
     asked = replace(ready, rounds_asked=True)
     assert finishing(base, asked, some_facts(1)) is asked
     once = Ready(Editor.fresh(base.model, replace(settings, rounds=1)), "malmen")

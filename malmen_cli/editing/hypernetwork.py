@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 VARIANCE_FLOOR = 1e-12  # a feature that never moved is passed on unscaled by noise
-# Share of its role's usual value gradient below which a row pushes in proportion less. A network with a bias answers a
-# gradient of zero too: without this, later passes pushed as hard for what was learned as for what was not, and LS paid.
+# Share of its role's usual value gradient below which a damped row pushes in proportion less. A network with a bias
+# answers a gradient of zero too: undamped, later passes push for what is learned as hard as for the rest, and LS pays.
 FAINT = 0.1
 
 
@@ -118,18 +118,18 @@ class HyperNetwork(nn.Module):
         """lr of each row, (m, n, 1)."""
         return self.log_lr.exp()[:, roles, None]
 
-    def value_shifts(self, keys: Tensor, gradients: Tensor, roles: Tensor) -> Tensor:
+    def value_shifts(self, keys: Tensor, gradients: Tensor, roles: Tensor, *, damped: bool = False) -> Tensor:
         """`d_j = -lr (k_j . k~_j) g~_j`, (m, n, dv).
 
         `k . k~` grows with the square of a key and `g~` with the loss; a few tokens have keys forty times the
-        others'. The norm of `d / lr` is bounded by `limit` (m, roles), so that no row outweighs all others, and goes to
-        zero with the gradient (see FAINT).
+        others'. The norm of `d / lr` is bounded by `limit` (m, roles), so that no row outweighs all others. damped: it
+        goes to zero with the gradient (see FAINT).
         """
         pseudo_keys, pseudo_gradients = self.features(keys, gradients, roles)
         push = (keys * pseudo_keys).sum(-1, keepdim=True) * pseudo_gradients
         size = push.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(push.dtype).tiny)
         bounded: Tensor = push * (self.limit[:, roles, None] / size).clamp(max=1)
-        return -self.steps(roles) * bounded * self._asked(gradients, roles)
+        return -self.steps(roles) * (bounded * self._asked(gradients, roles) if damped else bounded)
 
     def _asked(self, gradients: Tensor, roles: Tensor) -> Tensor:
         """How much of its push each row is to have, (m, n, 1); all of it where nothing is a bias, without blocks and

@@ -231,8 +231,10 @@ def test_a_row_that_is_learned_pushes_in_proportion_to_what_is_left() -> None:
     unit = gradients / gradients.norm(dim=-1, keepdim=True) * usual
 
     def shifts(share: float) -> Tensor:
-        return net.value_shifts(keys, share * unit, roles).detach()
+        return net.value_shifts(keys, share * unit, roles, damped=True).detach()
 
+    plain = net.value_shifts(keys, 0.02 * unit, roles).detach()
+    torch.testing.assert_close(shifts(0.02), 0.2 * plain)
     none, faint, edge, beyond = (shifts(share) for share in (0.0, 0.02, 0.1, 0.1000001))
     assert float(none.abs().max()) == 0
     pseudo = net.features(keys, torch.zeros_like(gradients), roles)[1]
@@ -242,7 +244,8 @@ def test_a_row_that_is_learned_pushes_in_proportion_to_what_is_left() -> None:
     assert bool((sizes < 0.4 * edges).all())
     whole = network(0)  # without blocks, and so without a bias, it is linear in the gradient already
     torch.testing.assert_close(
-        whole.value_shifts(keys, 1e-6 * gradients, roles), 1e-6 * whole.value_shifts(keys, gradients, roles)
+        whole.value_shifts(keys, 1e-6 * gradients, roles, damped=True),
+        1e-6 * whole.value_shifts(keys, gradients, roles),
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from malmen_cli.editing.capture import ROLES, SUBJECT, edit_rows, places, row_count
 from malmen_cli.editing.editor import Editor, Group
-from malmen_cli.editing.hypernetwork import FAINT, HyperNetwork
+from malmen_cli.editing.hypernetwork import HyperNetwork
 from malmen_cli.editing.methods.malmen import Captured, Malmen, gather
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.ridge import Preserved, solve_dual, solve_primal
@@ -197,9 +197,6 @@ def by_hand(editor: Editor, runner: Runner, edits: list) -> dict[str, Tensor]:
                 found[name] = -sum(step * torch.outer(p, g) for step, _, p, g in rows)
                 continue
             values = torch.stack([-step * (k @ p) * g for step, k, p, g in rows])
-            if editor.settings.network == "mlp":  # what is as good as learned pushes less
-                sizes = (network.mean[i].square() + network.std[i].square())[roles, group.dk :].sum(-1).sqrt()
-                values *= (gradients[i].norm(dim=-1) / (FAINT * sizes)).clamp(max=1).double()[:, None]
             unit = torch.eye(group.dk, dtype=F64)
             second_moment = group.preserved.to(F64).times(unit.repeat(len(group.names), 1, 1))[i]
             mu = len(keys) * network.log_mu[i].exp()

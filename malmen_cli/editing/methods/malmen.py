@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,9 +44,12 @@ class Captured:
 class Malmen:
     """The method with one editor. Nothing depends on LM batch size, chunk size or the order of facts."""
 
-    def __init__(self, editor: Editor, *, chunk: int = CHUNK, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, editor: Editor, *, chunk: int = CHUNK, dtype: torch.dtype = torch.float64, damped: bool = False
+    ) -> None:
         self.editor = editor
         self.chunk = chunk
+        self.damped = damped  # what is learned pushes less: in passes that no training has
         self.dtype = dtype  # of sums and solves; one edit is solved once, so exactness is worth more than its time
 
     def shift(
@@ -96,7 +100,8 @@ class Malmen:
     def value_shifts(self, group: Group, captured: Captured) -> Tensor:
         """V (m, n, dv) of captured rows, `chunk` rows at a time."""
         parts = captured.split(self.chunk)
-        return torch.cat([group.network.value_shifts(p.keys, p.gradients, p.roles) for p in parts], 1)
+        shifts_of = partial(group.network.value_shifts, damped=self.damped)
+        return torch.cat([shifts_of(part.keys, part.gradients, part.roles) for part in parts], 1)
 
     @torch.no_grad()
     def outer_factors(self, group: Group, captured: Captured) -> tuple[Tensor, Tensor]:
@@ -140,7 +145,7 @@ class Malmen:
         for part in captured.split(self.chunk):
             with torch.enable_grad():
                 if by_value is not None:
-                    values = network.value_shifts(part.keys, part.gradients, part.roles)
+                    values = network.value_shifts(part.keys, part.gradients, part.roles, damped=self.damped)
                     loss = (by_value[:, done : done + len(part.roles)] * values).sum()
                 else:
                     pseudo_keys, pseudo_gradients = network.features(part.keys, part.gradients, part.roles)
