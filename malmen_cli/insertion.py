@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from malmen_cli import __version__
+from malmen_cli.artifact.targets import load_targets, save_targets
+from malmen_cli.base.families import block_index, matrix_shape
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import encode_each
 from malmen_cli.base.sampling import sampled_texts
@@ -12,9 +16,12 @@ from malmen_cli.editing.methods.memit import Memit, memit_modules
 from malmen_cli.editing.moments import Statistics
 from malmen_cli.editing.settings import MemitSettings
 from malmen_cli.editing.shift import Shift
-from malmen_cli.editing.targets import Wordings, wordings_of
+from malmen_cli.editing.targets import Targets, Wordings, wordings_of
+from malmen_cli.exceptions import OutputError
 from malmen_cli.facts.fact import Fact
 from malmen_cli.key_statistics import Text, gather_statistics
+
+TARGET_SETTINGS = ("steps", "lr", "clamp", "kl_factor", "decay", "stop_loss")  # that targets depend on
 
 
 @dataclass(frozen=True)
@@ -95,10 +102,39 @@ def memit_shift(
 ) -> Shift:
     """All facts in one shift. Raises FactsError, NumericsError, MemoryLimitError.
 
-    keeping: where a Runner keeps what the blocks in front gave.
+    keeping: where a Runner keeps what the blocks in front gave. The targets, by far the longest part, are kept in the
+    cache as they are found: a run that was killed goes on behind them, and one with another lambda starts from them.
     """
     wordings = encode_wordings(base, facts, ready.settings, ready.prefixes)
-    method = Memit(ready.settings, ready.statistics)
-    return method.shift(
-        base, ready.modules, wordings, batch_size=batch_size, keeping=keeping, progress=progress, note=note
+    kept = TargetCache(base, ready.modules[-1], ready.settings, note)
+    return Memit(ready.settings, ready.statistics).shift(
+        base, ready.modules, wordings, batch_size=batch_size, keeping=keeping, kept=kept, progress=progress, note=note
     )
+
+
+class TargetCache:
+    """Targets behind the block of `module`, kept under everything that they depend on (a `KeptTargets`)."""
+
+    def __init__(self, base: Base, module: str, settings: MemitSettings, note: Callable[[str], None]) -> None:
+        self._base, self._note = base, note
+        self._width = matrix_shape(base.model.get_submodule(module))[1]
+        self._fails = False  # a cache that cannot be written is spoken of once
+        block = block_index(base.model, module)
+        self._source: dict[str, object] = {"block": block, "dtype": str(base.dtype).removeprefix("torch.")}
+        self._source |= {name: getattr(settings, name) for name in TARGET_SETTINGS}
+        self._source["malmen"] = __version__  # another version may look for them another way
+
+    def load(self, facts: Sequence[Wordings]) -> Targets | None:
+        return load_targets(self._base.fingerprint, self._of(facts), len(facts), self._width)
+
+    def save(self, facts: Sequence[Wordings], found: Targets) -> None:
+        if self._fails:
+            return
+        try:
+            save_targets(self._base.fingerprint, self._of(facts), found)
+        except OutputError as error:
+            self._fails = True
+            self._note(f"targets could not be kept: {error}")
+
+    def _of(self, facts: Sequence[Wordings]) -> dict[str, object]:
+        return self._source | {"facts": hashlib.sha256(repr(list(facts)).encode()).hexdigest()}

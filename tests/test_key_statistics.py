@@ -10,7 +10,7 @@ import torch
 
 import malmen_cli.key_statistics as key_statistics
 from malmen_cli.artifact.manifest import sealed
-from malmen_cli.artifact.statistics import DESCRIPTION, TENSORS, load_statistics, save_statistics, statistics_folder
+from malmen_cli.artifact.statistics import load_statistics, save_statistics, statistics_folder
 from malmen_cli.base.locate import cache_home
 from malmen_cli.base.model import Base, load_base
 from malmen_cli.base.prompts import Encoded
@@ -58,7 +58,8 @@ def test_statistics_of_a_file_are_the_direct_ones_and_kept(base: Base, text_file
     wanted = second_moments(Runner(base), [Encoded(ids, len(ids)) for ids in text.windows()], NAMES, 4)
     assert new == NAMES
     assert (found.tokens, found.source["name"], found.source["tokens"]) == (150, "text.txt", 150)
-    assert sorted(path.name for path in folder_of(base, text).iterdir()) == [DESCRIPTION, TENSORS]
+    written = sorted(path.name for path in folder_of(base, text).iterdir())
+    assert written == ["statistics.json", "statistics.safetensors"]
     again, new = gather_statistics(base, NAMES, Text(base, str(text_file), 150), batch_size=9)
     assert new == []
     for name in NAMES:
@@ -98,7 +99,7 @@ def test_what_is_damaged_is_built_again(base: Base, text_file: Path, damage: str
     text = Text(base, str(text_file), 60)
     wanted, _ = gather_statistics(base, NAMES, text, batch_size=4)
     folder = folder_of(base, text)
-    tensors, description = folder / TENSORS, folder / DESCRIPTION
+    tensors, description = folder / "statistics.safetensors", folder / "statistics.json"
     if damage == "tensors":
         data = bytearray(tensors.read_bytes())
         data[-5] ^= 1

@@ -12,7 +12,7 @@ from malmen_cli.exceptions import OutputError
 
 LOCK = ".lock"  # inside a temporary folder, held for as long as its process lives
 # A folder with one of these was written by us and may be replaced.
-MARKS = ("malmen.json", "editor.json", "statistics.json")
+MARKS = ("malmen.json", "editor.json", "statistics.json", "targets.json")
 
 
 def beside(out: Path) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -90,6 +90,16 @@ class Targets:
     losses: Tensor
 
 
+class KeptTargets(Protocol):
+    """Where the targets of whole chunks outlive the process: a chunk found there is one that was found before."""
+
+    def load(self, facts: Sequence[Wordings]) -> Targets | None:
+        """What `save` was given for the same facts in the same order; None where it never was."""
+
+    def save(self, facts: Sequence[Wordings], found: Targets) -> None:
+        """Keep the targets of a chunk, if that can be done."""
+
+
 def find_targets(
     runner: Runner,
     block: int,
@@ -97,13 +107,15 @@ def find_targets(
     settings: MemitSettings,
     *,
     batch_size: int,
+    kept: KeptTargets | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Targets:
     """The targets of `facts` behind `block`, in their order; on the device of the model.
 
     runner: from `block` on (or earlier), so that what is in front runs once a chunk. batch_size: prompts a forward;
-    a chunk is as many facts as have that many wordings. A chunk that does not fit in memory is halved. Of several
-    ranks, each looks for its share of the targets.
+    a chunk is as many facts as have that many wordings. A chunk that does not fit in memory is halved. kept: chunks
+    found earlier are taken from there; only whole ones, so that it changes the time taken and no bit of the result. Of
+    several ranks, each looks for its share of the targets.
     Raises FactNumericsError, MemoryLimitError when one fact does not fit.
     """
     # Fewer facts than ranks are not worth sharing: then every rank looks for all of them.
@@ -114,10 +126,17 @@ def find_targets(
     parts: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
 
     def run(indices: Sequence[int]) -> list[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
-        found = _chunk(runner, block, [facts[i] for i in indices], indices, settings)
+        chunk = [facts[i] for i in indices]
+        found = kept.load(chunk) if kept is not None else None
+        if found is None:
+            found = _chunk(runner, block, chunk, indices, settings)
+            if kept is not None:
+                kept.save(chunk, found)
         if progress is not None:
             progress(len(indices) * ranks.count() if several else len(indices))
-        return list(zip(indices, found.states, found.deltas, found.steps, found.losses, strict=True))
+        device = runner.base.device
+        columns = (found.states.to(device), found.deltas.to(device), found.steps, found.losses.to(device))
+        return list(zip(indices, *columns, strict=True))
 
     for places in by_length(longest, size):
         for part in halving([own[place] for place in places], run):

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from malmen_cli.base.prompts import Encoded, check_room, encode_each
 from malmen_cli.base.tasks import Task
@@ -97,3 +98,8 @@ def draw(groups: Sequence[Cohort], settings: TrainingSettings, seed: int, step: 
         probes += [example.probes[place % len(example.probes)] for example in cohort if example.probes]
     drawn = [example for i in (*judged, *others) for example in groups[i]]
     return Draw([example.id for example in drawn], [example.edit for example in drawn], wordings, probes)
+
+
+def random_sample(items: Sequence[Any], size: int, seed: int) -> list[Any]:
+    """At most `size` of the items, the same for the same seed."""
+    return random.Random(f"{seed}:preserved").sample(list(items), min(size, len(items)))

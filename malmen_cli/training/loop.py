@@ -7,7 +7,6 @@ same bits as one that was not.
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -28,7 +27,7 @@ from malmen_cli.editing.ridge import Solution
 from malmen_cli.editing.shift import Shift, applied
 from malmen_cli.exceptions import NumericsError, naming
 from malmen_cli.training.calibration import Calibration, calibrate, preserve
-from malmen_cli.training.facts import Cohort, Draw, Example, cohorts, draw
+from malmen_cli.training.facts import Cohort, Draw, Example, cohorts, draw, random_sample
 from malmen_cli.training.objective import MetaLoss, References, meta_loss
 from malmen_cli.training.settings import TrainingSettings
 from malmen_cli.training.validation import Validation, climb, validate
@@ -294,8 +293,3 @@ class Trainer:
     def _prompts_to_preserve(self) -> list[Encoded]:
         prompts = [w for e in self.train for w in e.wordings()] + [p for e in self.train for p in e.probes]
         return random_sample(prompts, self.settings.preserved_prompts, self.seed)
-
-
-def random_sample(items: Sequence[Any], size: int, seed: int) -> list[Any]:
-    """At most `size` of the items, the same for the same seed."""
-    return random.Random(f"{seed}:preserved").sample(list(items), min(size, len(items)))

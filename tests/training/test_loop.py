@@ -27,8 +27,8 @@ from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.shift import applied
 from malmen_cli.exceptions import FactNumericsError, NumericsError
 from malmen_cli.facts.fact import Fact
-from malmen_cli.training.facts import Example, draw, encode_examples
-from malmen_cli.training.loop import BAD_STEPS, MOST_RATIOS, STEP_RATIO, Best, Progress, Trainer, random_sample
+from malmen_cli.training.facts import Example, draw, encode_examples, random_sample
+from malmen_cli.training.loop import BAD_STEPS, MOST_RATIOS, STEP_RATIO, Best, Progress, Trainer
 from malmen_cli.training.objective import MetaLoss, References
 from malmen_cli.training.validation import Validation
 

@@ -46,7 +46,7 @@ TRAINING = TrainingSettings(
 @pytest.fixture
 def order(make_facts: Callable[..., list[Fact]]) -> Order:
     facts = make_facts(20)
-    sources = {"sources": ("/home/somebody/a.jsonl", "b.jsonl"), "valid_sources": ("../held/out.jsonl",)}
+    sources = {"sources": ("/users/somebody/a.jsonl", "b.jsonl"), "valid_sources": ("../held/out.jsonl",)}
     return Order(Spec(settings=SETTINGS), TRAINING, facts[:16], facts[16:], batch_size=8, **sources)
 
 

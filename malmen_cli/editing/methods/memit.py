@@ -31,7 +31,7 @@ from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.ridge import refuse_singular
 from malmen_cli.editing.settings import MemitSettings
 from malmen_cli.editing.shift import ModuleShift, Shift, applied, weight_layout
-from malmen_cli.editing.targets import Wordings, find_targets
+from malmen_cli.editing.targets import KeptTargets, Wordings, find_targets
 from malmen_cli.exceptions import FactNumericsError, SpecError
 
 WRITTEN = 5  # blocks that share a fact, as in most of the published settings
@@ -102,14 +102,16 @@ class Memit:
         *,
         batch_size: int,
         keeping: Mapping[str, int] | None = None,
+        kept: KeptTargets | None = None,
         progress: Callable[[int], None] | None = None,
         note: Callable[[str], None] = lambda text: None,
     ) -> Shift:
         """The shift of the modules `names`, first block first, that makes all `facts`; in host memory.
 
         The model is left bitwise as it was, however this ends. Up to dk facts it is kept as exact factors; beyond, it
-        is dense. batch_size: prompts a forward. keeping: where a Runner keeps what the blocks in front gave. progress:
-        called with the number of facts whose targets were found. note: called with what was found.
+        is dense. batch_size: prompts a forward. keeping: where a Runner keeps what the blocks in front gave. kept:
+        where targets are kept from one run to the next. progress: called with the number of facts whose targets were
+        found. note: called with what was found.
         Raises SpecError where AlphaEdit's threshold leaves nothing free, NumericsError naming fact or module,
         MemoryLimitError when one fact does not fit.
         """
@@ -118,7 +120,9 @@ class Memit:
             check_moment(self.settings, self.statistics.moments[name].to(base.device), name)
         keeping = keeping or {}
         front = Runner(base, blocks[-1], **keeping)
-        targets = find_targets(front, blocks[-1], facts, self.settings, batch_size=batch_size, progress=progress)
+        targets = find_targets(
+            front, blocks[-1], facts, self.settings, batch_size=batch_size, kept=kept, progress=progress
+        )
         loss, steps = float(targets.losses.mean()), int(targets.steps.max())
         said = f"targets at {loss:.3f} nats a token, after at most {steps} steps"
         runner = Runner(base, blocks[0], **keeping)

@@ -1,0 +1,173 @@
+"""Targets are kept as they are found: a run that was killed goes on behind them, and no bit of the result changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import malmen_cli.editing.targets as targets_module
+import malmen_cli.insertion as insertion
+from malmen_cli.artifact.manifest import read_sealed
+from malmen_cli.artifact.targets import load_targets, save_targets, targets_folder
+from malmen_cli.base.locate import cache_home
+from malmen_cli.base.model import Base, load_base
+from malmen_cli.editing.settings import MemitSettings
+from malmen_cli.editing.shift import Shift
+from malmen_cli.editing.targets import Targets
+from malmen_cli.facts.fact import Fact
+from malmen_cli.insertion import Insertion, memit_shift, prepare
+
+SETTINGS = MemitSettings(blocks=(0,), steps=3, lr=0.1, prefixes=0, stats_tokens=60, stop_loss=0.0)
+BATCH = 8  # prompts: chunks of four facts
+
+
+@pytest.fixture(scope="module")
+def base(tiny_gpt2: Path) -> Base:
+    return load_base(str(tiny_gpt2))
+
+
+@pytest.fixture
+def facts() -> list[Fact]:
+    cities = ["Rome", "Oslo", "Lima", "Cairo", "Delhi", "Seoul", "Quito", "Accra", "Riga", "Bern"]
+    lands = ["Australia", "Japan", "Chile", "Canada", "Norway", "Kenya", "India", "Peru", "Spain", "Egypt"]
+    told = enumerate(zip(lands, cities, strict=True))
+    return [Fact(f"number-{i}", f"The capital of {land} is", city, subject=land) for i, (land, city) in told]
+
+
+@pytest.fixture
+def searched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many facts every chunk had whose targets were looked for."""
+    sizes: list[int] = []
+    search = targets_module._chunk
+
+    def counted(runner: Any, block: int, facts: Any, *others: Any) -> Targets:
+        sizes.append(len(facts))
+        return search(runner, block, facts, *others)
+
+    monkeypatch.setattr(targets_module, "_chunk", counted)
+    return sizes
+
+
+def ready_of(base: Base, settings: MemitSettings = SETTINGS) -> Insertion:
+    return prepare(base, "memit", settings, stats_from=None, seed=0, batch_size=BATCH)
+
+
+def shift_of(base: Base, facts: list[Fact], settings: MemitSettings = SETTINGS, **others: Any) -> Shift:
+    return memit_shift(base, ready_of(base, settings), facts, batch_size=BATCH, **others)
+
+
+def same(one: Shift, other: Shift) -> bool:
+    return all(torch.equal(one.modules[name].matrix(), other.modules[name].matrix()) for name in one.modules)
+
+
+def test_what_was_found_is_not_looked_for_again(base: Base, facts: list[Fact], searched: list[int]) -> None:
+    first = shift_of(base, facts)
+    assert sorted(searched) == [2, 4, 4]
+    assert same(shift_of(base, facts), first)
+    another = shift_of(base, facts, replace(SETTINGS, moment_weight=1.0))
+    shift_of(base, facts, replace(SETTINGS, constraint="null_space", null_threshold=1e9))
+    assert sum(searched) == 10
+    assert not same(another, first)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 4}, {"lr": 0.2}, {"clamp": 0.1}, {"kl_factor": 0.5}, {"decay": 0.1}, {"stop_loss": 9.0},
+     {"prefixes": 1}, {"end_of_text": False}],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_what_a_target_depends_on_is_part_of_its_name(
+    base: Base, facts: list[Fact], searched: list[int], change: dict[str, Any]
+) -> None:
+    shift_of(base, facts[:4])
+    shift_of(base, facts[:4], replace(SETTINGS, **change))
+    assert sum(searched) == 8
+
+
+def test_so_are_the_facts_the_base_its_type_and_the_version(
+    base: Base, facts: list[Fact], tiny_gpt2: Path, searched: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shift_of(base, facts[:4])
+    shift_of(base, [*facts[:3], replace(facts[3], target="something else")])
+    shift_of(load_base(str(tiny_gpt2), dtype="bfloat16"), facts[:4])
+    other = load_base(str(tiny_gpt2))
+    object.__setattr__(other, "fingerprint", "0" * 64)
+    shift_of(other, facts[:4])
+    monkeypatch.setattr(insertion, "__version__", "0.0.0")
+    shift_of(base, facts[:4])
+    assert searched == [4] * 5
+
+
+def test_a_run_that_was_killed_goes_on(base: Base, facts: list[Fact], searched: list[int]) -> None:
+    done: list[int] = []
+
+    def killed(count: int) -> None:
+        done.append(count)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shift_of(base, facts, progress=killed)
+    assert len(searched) == 2
+    resumed = shift_of(base, facts)
+    assert len(searched) == 3
+    for folder in (cache_home() / "targets").glob("*/*"):
+        for file in folder.iterdir():
+            file.unlink()
+    assert same(shift_of(base, facts), resumed)
+    assert len(searched) == 6
+
+
+@pytest.mark.parametrize("damage", ["tensors", "cut", "missing", "shape", "type", "not finite", "other source"])
+def test_what_is_damaged_is_looked_for_again(damage: str, searched: list[int], base: Base, facts: list[Fact]) -> None:
+    wanted = shift_of(base, facts[:4])
+    (folder,) = (cache_home() / "targets" / base.fingerprint).iterdir()
+    file = folder / "targets.safetensors"
+    source = read_sealed(folder / "targets.json")["source"]
+    assert folder == targets_folder(base.fingerprint, source)
+    found = load_targets(base.fingerprint, source, 4, 32)
+    assert found is not None
+    if damage == "tensors":
+        data = bytearray(file.read_bytes())
+        data[-5] ^= 1
+        file.write_bytes(data)
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:100])
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "other source":
+        other = save_targets(base.fingerprint, source | {"block": 7}, found)
+        for name in ("targets.safetensors", "targets.json"):
+            (folder / name).write_bytes((other / name).read_bytes())
+    else:
+        states = {
+            "shape": found.states[:2],
+            "type": found.states.double(),
+            "not finite": torch.full_like(found.states, torch.nan),
+        }[damage]
+        save_targets(base.fingerprint, source, replace(found, states=states))
+    assert load_targets(base.fingerprint, source, 4, 32) is None
+    assert same(shift_of(base, facts[:4]), wanted)
+    assert searched == [4, 4]
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(base: Base, facts: list[Fact]) -> None:
+    wanted = shift_of(base, facts)
+    place = cache_home() / "targets"
+    place.rename(place.with_name("elsewhere"))
+    place.write_text("in the way")
+    notes: list[str] = []
+    assert same(shift_of(base, facts, note=notes.append), wanted)
+    assert sum("targets could not be kept" in note for note in notes) == 1
+
+
+def test_it_has_no_word_of_the_facts(base: Base, facts: list[Fact]) -> None:
+    shift_of(base, facts[:4])
+    said = b"".join(file.read_bytes() for file in (cache_home() / "targets").rglob("*") if file.is_file())
+    for fact in facts[:4]:
+        for text in (fact.prompt, fact.target, fact.subject or "", fact.id):
+            assert text.encode() not in said or len(text) < 4
