@@ -130,7 +130,7 @@ def find_targets(
         found = kept.load(chunk) if kept is not None else None
         if found is None:
             found = _chunk(runner, block, chunk, indices, settings)
-            if kept is not None:
+            if kept is not None and (several or ranks.first()):
                 kept.save(chunk, found)
         if progress is not None:
             progress(len(indices) * ranks.count() if several else len(indices))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,11 @@ from typing import Any
 import pytest
 
 from malmen_cli.base.cache import cache_home, cached_digest
+from malmen_cli.base.model import load_base
 from malmen_cli.cli.errors import main
+from malmen_cli.editing.settings import MemitSettings
+from malmen_cli.facts.fact import Fact
+from malmen_cli.insertion import memit_shift, prepare
 
 DIGEST = "5" * 64
 
@@ -42,6 +47,41 @@ def test_a_failing_disk_costs_a_digest_its_place_and_nothing_else(
         assert kept() in ({}, {name: DIGEST})
         assert cached_digest([file], lambda: DIGEST) == DIGEST
         assert kept() == {name: DIGEST}
+
+
+def test_a_failing_disk_costs_targets_their_place_and_nothing_else(
+    fault: tuple[BaseException, int], faulty_disk: Any, tiny_gpt2: Path, tried: Callable[..., list[int]]
+) -> None:
+    """Whatever operation fails, the shift has the same bits, and what is kept is every chunk whole or not at all."""
+    base, (error, _) = load_base(str(tiny_gpt2)), fault
+    facts = [Fact(place, f"The capital of {place} is", "Rome", subject=place) for place in ("Peru", "Chile", "Spain")]
+    settings = MemitSettings(blocks=(0,), steps=1, prefixes=0, stats_tokens=40)
+    ready = prepare(base, "memit", settings, facts, stats_from=None, seed=0, batch_size=4)
+    folder = cache_home() / "targets" / base.fingerprint
+
+    def edited() -> list[bytes]:
+        shift = memit_shift(base, ready, facts, batch_size=4)
+        return [module.matrix().numpy().tobytes() for module in shift.modules.values()]
+
+    def chunks() -> dict[str, bytes]:
+        return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+    with faulty_disk.failing(None):
+        wanted = edited()
+    operations, whole = len(faulty_disk.asked), chunks()
+    assert len(whole) == 4  # two chunks of two facts at most, two files each
+    for k in tried(operations, error):
+        shutil.rmtree(folder)
+        with faulty_disk.failing(k, error):
+            try:
+                assert edited() == wanted
+            except KeyboardInterrupt:
+                assert isinstance(error, KeyboardInterrupt)
+        left = chunks()
+        assert left.items() <= whole.items()
+        assert len(left) % 2 == 0
+        assert edited() == wanted
+        assert chunks() == whole
 
 
 def test_a_digest_that_a_killed_run_was_writing_is_cleaned(tmp_path: Path) -> None:
