@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from live import LiveTensors
 
 import malmen_cli
 import malmen_cli.identity as identity
@@ -108,9 +109,23 @@ def test_plan_follows_the_settings(base: Base) -> None:
 
 
 def test_memory_does_not_grow_with_the_facts_beyond_dk(base: Base) -> None:
+    """T27: what `--dry-run` says of it."""
     few, many = (plan(base, some_facts(count), SETTINGS, 4) for count in (100, 300))
     assert many.rows > 2.5 * few.rows > 64
     assert many.memory < 1.05 * few.memory
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_ten_times_the_facts_take_no_more_memory(base: Base, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T27: counted over every tensor that is alive at once; what passes keep beyond the memory given is on disk."""
+    monkeypatch.setitem(Malmen.__init__.__kwdefaults__, "chunk", 64)  # rows at once: both numbers of facts have many
+    ready = with_rounds(calibrated_identity(base, some_facts(20), SETTINGS, seed=0, batch_size=8), rounds)
+    peaks = []
+    for count in (150, 1500):
+        with LiveTensors() as live:
+            make_shift(base, ready, some_facts(1000 + count)[1000:], batch_size=8, memory=0)
+        peaks.append(live.peak)
+    assert 0 < peaks[1] <= 1.1 * peaks[0], peaks
 
 
 def test_facts_without_tokens_are_named(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

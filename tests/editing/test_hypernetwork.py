@@ -46,6 +46,7 @@ def stirred(blocks: int = 2) -> HyperNetwork:
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(0, 2**31), st.floats(-3, 3))
 def test_any_chunking_gives_the_variance(sizes: list[int], seed: int, offset: float) -> None:
+    """T4: of any numbers of rows, one among them."""
     rows = normal(M, sum(sizes), 4, seed=seed, dtype=torch.float32) + offset
     moments = Moments(M, 4)
     for part in rows.split(sizes, 1):
@@ -84,6 +85,7 @@ def test_no_row_and_one_row_have_no_variance() -> None:
 @pytest.mark.parametrize("centre", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 30])
 def test_the_normaliser_of_few_rows_is_finite(centre: bool, rows: int) -> None:
+    """T4: statistics of one row are finite."""
     features = normal(M, rows, DK + DV, seed=3)
     moments = Moments(M, DK + DV)
     moments.add(features)
@@ -194,6 +196,7 @@ def test_blocks_row_by_row_as_in_the_paper() -> None:
 
 
 def test_gradients_of_the_network() -> None:
+    """T2: of every parameter, the step included."""
     net = stirred()
     keys, gradients = normal(M, 3, DK, seed=8), normal(M, 3, DV, seed=9)
     parameters = [net.down, net.up, net.bias, net.scale, net.shift, net.log_lr]

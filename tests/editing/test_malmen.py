@@ -545,6 +545,7 @@ def test_fp32_training_gradients_are_the_fp64_ones(make_editor: Callable, facts:
 def test_cpu_and_cuda_shifts_agree(
     make_editor: Callable, facts: Callable, tiny_model_factory, family: str, options: dict
 ) -> None:
+    """T35: to 1e-4, with TF32 off."""
     from malmen_cli.base.model import load_base
 
     kept = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32

@@ -75,6 +75,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 @settings(max_examples=200, deadline=None)
 @given(SIZES, SIZES, LAMBDAS, SEEDS)
 def test_the_chosen_form_is_least_squares(n: int, width: int, lam: float, seed: int) -> None:
+    """T1: the form that is chosen for the shape is `lstsq` on the augmented system."""
     keys, values, penalty = problem(n, width, lam, seed)
     solution = solve(keys, values, penalty)
     assert error(solution.matrix(), by_lstsq(keys, values, penalty)) <= 1e-10
@@ -84,6 +85,7 @@ def test_the_chosen_form_is_least_squares(n: int, width: int, lam: float, seed: 
 @settings(max_examples=200, deadline=None)
 @given(SIZES, SIZES, LAMBDAS, SEEDS)
 def test_primal_and_dual_agree(n: int, width: int, lam: float, seed: int) -> None:
+    """T1: so is the other one, as far as its condition allows."""
     keys, values, penalty = problem(n, width, lam, seed)
     wanted = by_lstsq(keys, values, penalty)
     # The form that is not chosen has lambda alone on its null space: its condition number bounds what fp64 gives.
@@ -264,6 +266,7 @@ def through_autograd(keys: Tensor, values: Tensor, penalty: Penalty, upstream: T
 def test_pull_back_is_autograd_through_the_solve(
     n: int, width: int, log_lam: float, log_mu: float, rank: int, seed: int
 ) -> None:
+    """T2: by value, log lambda and log mu."""
     keys, values, penalty = problem(n, width, 10**log_lam, seed, 10**log_mu, min(rank, width))
     upstream = torch.randn(2, width, 3, dtype=F64, generator=torch.Generator().manual_seed(seed))
     wanted = through_autograd(keys, values, penalty, upstream)
