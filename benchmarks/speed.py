@@ -4,7 +4,8 @@
     python benchmarks/speed.py smollm2-135m --only apply,merged --repeats 7 -o speed.jsonl
 
 apply: one pass over the facts against one plain forward of the same prompts, unpadded. step: of training against
-textbook.py's, same facts and same result. merged: writing a checkpoint against cp -r of the base. help, check: seconds.
+textbook.py's, same facts and same result. targets: MEMIT's, a batch of facts against one by one. merged: writing a
+checkpoint against cp -r of the base. help, check: seconds.
 Seconds are wall time, with the processor time beside it: on a shared machine only the second says what the work takes.
 """
 
@@ -12,9 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -27,25 +25,26 @@ from itertools import groupby, islice
 from pathlib import Path
 
 import torch
-import transformers
 from madeup import made_up
 from textbook import Textbook
-from timing import HEAD, Row, Timed, interleaved, processor_seconds
+from timing import HEAD, Row, Timed, about, interleaved, processor_seconds
 
-from malmen_cli import __version__
 from malmen_cli.artifact.merged import write_merged
 from malmen_cli.base.families import block_index, chosen_modules, matrix_shape
 from malmen_cli.base.model import Base, load_base
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.edit import Ready, calibrated_identity, encode_edits, find_ready, make_shift
 from malmen_cli.editing.editor import Editor
+from malmen_cli.editing.methods.memit import memit_modules
 from malmen_cli.editing.replay import Runner
-from malmen_cli.editing.settings import MalmenSettings
+from malmen_cli.editing.settings import MalmenSettings, MemitSettings
 from malmen_cli.editing.shift import ModuleShift, Shift, weight_layout
 from malmen_cli.editing.spec import Spec
+from malmen_cli.editing.targets import find_targets
 from malmen_cli.exceptions import MalmenError
 from malmen_cli.facts.fact import Fact
 from malmen_cli.facts.files import read_facts, write_facts
+from malmen_cli.insertion import encode_wordings
 from malmen_cli.training.facts import draw, encode_examples
 from malmen_cli.training.loop import Progress, Trainer
 from malmen_cli.training.settings import TrainingSettings
@@ -57,13 +56,15 @@ PAPER_BLOCKS = 6
 
 @dataclass
 class Speed:
-    """What is measured on one loaded base. facts: those edited; step_facts: facts of a training step."""
+    """What is measured on one loaded base. facts: those edited; step_facts: facts of a training step;
+    target_facts: facts whose targets MEMIT looks for."""
 
     base: Base
     facts: Sequence[Fact]
     repeats: int
     batch_size: int
     step_facts: int
+    target_facts: int
     folder: Path
 
     def apply(self) -> list[Row]:
@@ -115,6 +116,27 @@ class Speed:
             trainer.run(after, lambda: None)
         note = f"{self.step_facts} facts, {len(trainer.editor.names)} modules; losses within {max(apart):.1e}"
         return [Row("training step", 8.0, mine, theirs, faster=True, note=note)]
+
+    def targets(self) -> list[Row]:
+        """MEMIT's search for targets, as many facts at once as a batch takes, and one by one; nothing is kept."""
+        settings = MemitSettings(prefixes=0)
+        block = block_index(self.base.model, memit_modules(self.base.model, settings)[-1])
+        wordings = encode_wordings(self.base, self.facts[: self.target_facts], settings)
+        runner, found = Runner(self.base, block), {}
+
+        def find(sequences: int) -> None:  # of a fact there are two: its edit, and what its subject is
+            found[sequences] = find_targets(runner, block, wordings, settings, batch_size=sequences)
+
+        find_targets(runner, block, wordings[:2], settings, batch_size=2)  # the first forward of all is slow
+        mine, theirs = Timed(), Timed()
+        for _ in range(self.repeats):
+            mine.run(partial(find, 2 * self.batch_size))
+            theirs.run(partial(find, 2))
+        batch, single = found[2 * self.batch_size].deltas, found[2].deltas
+        apart = float((batch - single).norm() / single.norm())
+        steps = float(found[2].steps.float().mean())
+        note = f"{len(wordings)} facts, {steps:.1f} steps each, {self.batch_size} at once; targets {apart:.1e} apart"
+        return [Row("targets, one by one", 10.0, mine, theirs, faster=True, note=note)]
 
     def merged(self) -> list[Row]:
         """The whole checkpoint with six modules edited, and its folder copied."""
@@ -222,27 +244,14 @@ def _random_shift(base: Base) -> Shift:
     return Shift(modules)
 
 
-def about(base: Base) -> dict[str, object]:
-    """Where and with what it was measured."""
-    versions = {"malmen": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return {
-        "base": base.name,
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "versions": versions | {"python": platform.python_version()},
-        "command": shlex.join(["python", *sys.argv]),
-    }
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parts = ("apply", "step", "merged", "help", "check")
+    parts = ("apply", "step", "targets", "merged", "help", "check")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="hub id, folder, .gguf file or alias")
     parser.add_argument("--facts", metavar="FILE", help="facts with rephrases and locality; by default made-up ones")
     parser.add_argument("--count", type=int, default=1000, help="facts that apply edits")
     parser.add_argument("--step-facts", type=int, default=64, help="facts of a training step")
+    parser.add_argument("--target-facts", type=int, default=100, help="facts whose targets MEMIT looks for")
     parser.add_argument("--checked", type=int, default=CHECKED_FACTS, help="facts that are checked")
     parser.add_argument("--only", default=",".join(parts), metavar=",".join(parts))
     parser.add_argument("--repeats", type=int, default=5)
@@ -257,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         base = load_base(options.base, device=options.device)
         facts = read_facts(options.facts).facts[: options.count] if options.facts else list(made_up(options.count))
         with tempfile.TemporaryDirectory(prefix="malmen-speed-") as folder:
-            sizes = (options.repeats, options.batch_size, options.step_facts)
+            sizes = (options.repeats, options.batch_size, options.step_facts, options.target_facts)
             speed = Speed(base, facts, *sizes, Path(folder))
             said = about(base)
             print(json.dumps(said) + "\n" + HEAD, flush=True)

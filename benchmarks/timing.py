@@ -1,12 +1,22 @@
-"""Seconds of repeated, interleaved runs, their medians, and the row of a table that sets them beside a goal."""
+"""Seconds of repeated, interleaved runs and their medians, the row that sets them beside a goal, and where it was."""
 
 from __future__ import annotations
 
+import os
+import platform
 import resource
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+
+import torch
+import transformers
+
+from malmen_cli import __version__
+from malmen_cli.base.model import Base
 
 
 @dataclass
@@ -74,3 +84,17 @@ def interleaved(ours: Callable[[], object], yardstick: Callable[[], object], rep
         mine.run(ours)
         theirs.run(yardstick)
     return mine, theirs
+
+
+def about(base: Base) -> dict[str, object]:
+    """Where and with what it was measured."""
+    versions = {"malmen": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "base": base.name,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "versions": versions | {"python": platform.python_version()},
+        "command": shlex.join(["python", *sys.argv]),
+    }

@@ -26,13 +26,27 @@ def test_every_ratio_is_measured(
     script: Callable, tiny_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "speed.jsonl"
-    sizes = ["--count", "12", "--step-facts", "8", "--checked", "50", "--repeats", "1", "--batch-size", "4"]
+    sizes = [
+        "--count",
+        "12",
+        "--step-facts",
+        "8",
+        "--target-facts",
+        "6",
+        "--checked",
+        "50",
+        "--repeats",
+        "1",
+        "--batch-size",
+        "4",
+    ]
     script("speed").main([str(tiny_gpt2), *sizes, "-o", str(output), "--device", "cpu"])
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     goals = {row["name"]: row["goal"] for row in rows}
     assert goals == {
         "apply, one pass": 1.5,
         "training step": 8.0,
+        "targets, one by one": 10.0,
         "merged output to cp -r": 1.3,
         "merged output to cp -r; sync": 1.3,
         "malmen --help": 0.3,
@@ -44,6 +58,9 @@ def test_every_ratio_is_measured(
         assert row["versions"]["torch"]
     (step,) = (row for row in rows if row["name"] == "training step")
     assert float(step["note"].split()[-1]) < 1e-3  # the textbook's losses: the same work was timed
+    (targets,) = (row for row in rows if row["name"].startswith("targets"))
+    assert float(targets["note"].split()[-2]) < 1e-4  # the same targets
+    assert targets["note"].startswith("6 facts")
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 3 + len(rows)  # what and where, the two lines of a head, and the rows
 
