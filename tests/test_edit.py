@@ -118,11 +118,11 @@ def test_memory_does_not_grow_with_the_facts_beyond_dk(base: Base) -> None:
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_ten_times_the_facts_take_no_more_memory(base: Base, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """T27: counted over every tensor that is alive at once; what passes keep beyond the memory given is on disk."""
-    monkeypatch.setitem(Malmen.__init__.__kwdefaults__, "chunk", 64)  # rows at once: both numbers of facts have many
+    monkeypatch.setitem(Malmen.__init__.__kwdefaults__, "chunk", 32)  # rows at once: both numbers of facts have many
     settings = replace(SETTINGS, last_blocks=1)
     ready = with_rounds(calibrated_identity(base, some_facts(20), settings, seed=0, batch_size=8), rounds)
     peaks = []
-    for count in (150, 1500):
+    for count in (80, 800):
         with LiveTensors() as live:
             make_shift(base, ready, some_facts(1000 + count)[1000:], batch_size=8, memory=0)
         peaks.append(live.peak)
