@@ -6,8 +6,9 @@
     python benchmarks/quality.py --table quality.jsonl --plot quality.png
 
 ES, GS, LS and, where the facts have it, PS in both protocols; score with its 95% interval; seconds from facts to shift
-(the untrained network's calibration included) and of the editor's training; the largest relative norm of a module's
-shift; perplexity of text that the base itself wrote, before and after. Every row is what `malmen apply` would do.
+(the untrained network's calibration included; none where MEMIT's targets were found by an earlier run) and of the
+editor's training; the largest relative norm of a module's shift; perplexity of text that the base itself wrote, before
+and after. Every row is what `malmen apply` would do.
 
 Size 1 edits facts one by one, each from the untouched base and scored on itself: figures over all of them, the median
 of the seconds, the largest of the norms. More facts than --scored are all edited, and a part of them, chosen by
@@ -44,6 +45,7 @@ from malmen_cli.base.model import Base, load_base
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.base.sampling import sampled_answers
 from malmen_cli.cli.console import Console, Progress
+from malmen_cli.editing.methods.memit import EARLIER
 from malmen_cli.editing.shift import applied
 from malmen_cli.exceptions import MalmenError, MemoryLimitError, NumericsError
 from malmen_cli.facts.fact import Fact
@@ -148,11 +150,14 @@ class Bench:
                 before = self.before(scored)
                 after, loss = before, own
                 if task.method.name != BASE:
+                    said = [""]
                     started = time.perf_counter()
-                    shift = shift_of(self.base, task.method, edited, seed=self.seed, batch_size=self.batch_size)
+                    options = {"seed": self.seed, "batch_size": self.batch_size, "note": said.append}
+                    shift = shift_of(self.base, task.method, edited, **options)
                     if self.base.device.type == "cuda":
                         torch.cuda.synchronize(self.base.device)
-                    seconds.append(time.perf_counter() - started)
+                    if EARLIER not in said[-1]:  # else the seconds are not those of the whole edit
+                        seconds.append(time.perf_counter() - started)
                     norms += [figures["relative_norm"] for figures in measure(self.base.folder, shift).values()]
                     with applied(self.base.model, shift):
                         after, loss = self._asked(scored, "asking the edited model"), self.loss()
@@ -161,7 +166,7 @@ class Bench:
                 progress.advance()
         perplexity = {"before": _exp(own), "after": _exp(math.fsum(losses) / len(losses))}
         return summary(judged, self.seed) | {
-            "seconds": statistics.median(seconds) if seconds else None,
+            "seconds": statistics.median(seconds) if len(seconds) == len(task.edits) else None,
             "relative_norm": max(norms) if norms else None,
             "perplexity": perplexity | {"texts": TEXTS, "tokens": TOKENS},
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,23 @@ def method_of(base: Base, option: str, seed: int, trained_in: Mapping[str, float
     return Method(name, trained.settings, trained, source or "installed", trained_in.get(name))
 
 
-def shift_of(base: Base, method: Method, facts: Sequence[Fact], *, seed: int, batch_size: int) -> Shift:
-    """All facts as one shift by this method, as `malmen apply` would make it. The one place where methods differ."""
+def shift_of(
+    base: Base,
+    method: Method,
+    facts: Sequence[Fact],
+    *,
+    seed: int,
+    batch_size: int,
+    note: Callable[[str], None] = lambda text: None,
+) -> Shift:
+    """All facts as one shift by this method, as `malmen apply` would make it. The one place where methods differ.
+
+    note: as that of `make_shift`.
+    """
     ready = method.ready
     if ready is None:
         assert isinstance(method.settings, MalmenSettings)
         ready = calibrated_identity(base, facts, method.settings, seed=seed, batch_size=batch_size)
     elif isinstance(ready, Ready):
         ready = finishing(base, ready, facts)
-    return make_shift(base, ready, facts, batch_size=batch_size)
+    return make_shift(base, ready, facts, batch_size=batch_size, note=note)

@@ -118,6 +118,7 @@ class TargetCache:
     def __init__(self, base: Base, module: str, settings: MemitSettings, note: Callable[[str], None]) -> None:
         self._base, self._note = base, note
         self._width = matrix_shape(base.model.get_submodule(module))[1]
+        self.taken = 0
         self._fails = False  # a cache that cannot be written is spoken of once
         block = block_index(base.model, module)
         self._source: dict[str, object] = {"block": block, "dtype": str(base.dtype).removeprefix("torch.")}
@@ -125,7 +126,9 @@ class TargetCache:
         self._source["malmen"] = __version__  # another version may look for them another way
 
     def load(self, facts: Sequence[Wordings]) -> Targets | None:
-        return load_targets(self._base.fingerprint, self._of(facts), len(facts), self._width)
+        found = load_targets(self._base.fingerprint, self._of(facts), len(facts), self._width)
+        self.taken += 0 if found is None else len(facts)
+        return found
 
     def save(self, facts: Sequence[Wordings], found: Targets) -> None:
         if self._fails:

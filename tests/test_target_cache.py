@@ -65,9 +65,12 @@ def same(one: Shift, other: Shift) -> bool:
 
 
 def test_what_was_found_is_not_looked_for_again(base: Base, facts: list[Fact], searched: list[int]) -> None:
-    first = shift_of(base, facts)
+    notes: list[str] = []
+    first = shift_of(base, facts, note=notes.append)
     assert sorted(searched) == [2, 4, 4]
-    assert same(shift_of(base, facts), first)
+    assert "earlier" not in notes[-1]
+    assert same(shift_of(base, facts, note=notes.append), first)
+    assert notes[-1].endswith(", 10 found by an earlier run")
     another = shift_of(base, facts, replace(SETTINGS, moment_weight=1.0))
     shift_of(base, facts, replace(SETTINGS, constraint="null_space", null_threshold=1e9))
     assert sum(searched) == 10

@@ -34,6 +34,7 @@ from malmen_cli.editing.shift import ModuleShift, Shift, applied, weight_layout
 from malmen_cli.editing.targets import KeptTargets, Wordings, find_targets
 from malmen_cli.exceptions import FactNumericsError, SpecError
 
+EARLIER = "found by an earlier run"  # said of targets
 WRITTEN = 5  # blocks that share a fact, as in most of the published settings
 
 
@@ -125,6 +126,8 @@ class Memit:
         )
         loss, steps = float(targets.losses.mean()), int(targets.steps.max())
         said = f"targets at {loss:.3f} nats a token, after at most {steps} steps"
+        if kept is not None and kept.taken:
+            said += f", {kept.taken} {EARLIER}"
         runner = Runner(base, blocks[0], **keeping)
         modules: dict[str, ModuleShift] = {}
         residuals = []
