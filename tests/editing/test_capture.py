@@ -37,7 +37,7 @@ from malmen_cli.editing.replay import Runner
 from malmen_cli.exceptions import MemoryLimitError, NumericsError
 
 TOKENS = tuple(ROLES)
-FAMILIES = ("gpt2", "gptj", "gpt_neox", "opt", "llama", "gemma", "phi")
+FAMILIES = ("gpt2", "gptj", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma", "phi")
 CPU = torch.device("cpu")
 
 
