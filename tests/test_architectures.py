@@ -17,7 +17,7 @@ from torch import Tensor
 from malmen_cli.artifact.delta import read_delta, write_delta
 from malmen_cli.artifact.manifest import MANIFEST, read_sealed
 from malmen_cli.artifact.merged import write_merged
-from malmen_cli.base.families import CLASSIFIER, SEQ2SEQ, SOURCE, block_index, stacks
+from malmen_cli.base.families import CLASSIFIER, SEQ2SEQ, SOURCE, block_index, second_matrix, stacks
 from malmen_cli.base.model import Base, load_base
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.base.weights import read_index, read_tensor
@@ -36,6 +36,7 @@ from malmen_cli.scoring.metrics import exact_match
 from malmen_cli.scoring.protocols import GREEDY_MARGIN, collect
 from malmen_cli.scoring.report import summarise
 from malmen_cli.training.calibration import scaled
+from malmen_cli.training.objective import References, divergence, meta_loss
 
 CAUSAL_FAMILIES = ("gpt2", "gptj", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma", "phi")
 PAIRED, CLASSIFIERS = ("t5", "bart"), ("bert", "roberta", "distilbert")
@@ -239,6 +240,28 @@ def test_replaying_is_the_full_forward(model: Opened) -> None:
             for name in behind:
                 torch.testing.assert_close(found[name], gradients[name], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(logits_of(base, model.edits), runner.logits(model.edits)[0], rtol=1e-5, atol=2e-5)
+
+
+def test_the_meta_loss_reaches_the_first_blocks(model: Opened) -> None:
+    """As autograd has it. What the base said is computed anew while the loss is, and T5's first blocks run for that."""
+    base, runner = model.base, Runner(model.base)
+    names = [second_matrix(base.model, stack, 0) for stack in stacks(base.model)]
+    references = References(runner, 3, 8).of([base.task.question(fact.prompt) for fact in model.facts])
+    weights = [base.model.get_submodule(name).weight for name in names]
+    with applied(base.model, model.shift):
+        found = meta_loss(runner, model.edits, references, names, locality_weight=2.0, batch_size=3).gradients
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            moved = divergence(runner, references, *runner.logits([r.sequence for r in references]))
+            loss = fact_loss(*runner.logits(model.edits)) + 2.0 * moved
+            wanted = torch.autograd.grad(loss / len(model.edits), weights)
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+    for name, gradient in zip(names, wanted, strict=True):
+        rows = gradient if model.base.model.get_submodule(name).weight.shape == found[name].shape else gradient.T
+        torch.testing.assert_close(found[name], rows, rtol=1e-4, atol=1e-5 * float(rows.abs().max()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

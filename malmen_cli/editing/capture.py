@@ -218,9 +218,10 @@ def weight_gradients(
 
     Computed as inputs' x output gradients over every token in fp32, so that no low-precision sum is made.
     """
-    with torch.enable_grad(), watching(runner.model, names, gradients=True) as (inputs, outputs):
-        logits, batch = runner.logits(sequences, keep=keep)
-        loss = loss_of(logits, batch)
+    with torch.enable_grad():
+        with watching(runner.model, names, gradients=True) as (inputs, outputs):
+            logits, batch = runner.logits(sequences, keep=keep)
+        loss = loss_of(logits, batch)  # may run the model for its head, and T5's first blocks then run too
         gradients = torch.autograd.grad(loss, [outputs[name] for name in names])
     found = {}
     for name, gradient in zip(names, gradients, strict=True):
