@@ -196,6 +196,8 @@ def test_an_edited_module_moves_its_output_by_the_shift(
 
 
 def test_padding_changes_no_key_and_no_logit(model: Opened) -> None:
+    """On the right, where malmen pads; tests/editing has causal models padded on the left too. What counts positions
+    from the start of a batch, as BERT and BART's decoder do, cannot be padded there."""
     names, tokens = model.editor.names, model.editor.settings.tokens
     for group in model.editor.groups:
         alone, together = (
