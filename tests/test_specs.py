@@ -66,6 +66,7 @@ def test_memit_s_kin_have_specs(name: str, constraint: str) -> None:
         ("gptj", range(3, 9), 28),
         ("llama3-8b", range(4, 9), 32),
         ("qwen2.5-7b", range(4, 9), 28),
+        ("smollm2-135m", range(4, 9), 30),
     ],
 )
 def test_memit_s_family_specs(name: str, blocks: range, depth: int) -> None:
@@ -75,11 +76,13 @@ def test_memit_s_family_specs(name: str, blocks: range, depth: int) -> None:
     assert spec.method == "memit"
     assert spec.settings.blocks == tuple(blocks)
     assert max(blocks) < depth - 1
+    assert spec.settings.prefixes == (0 if depth == 30 else 5)  # as published, where something was
     assert path.read_text(encoding="utf-8").count(f"--spec edit_specs/memit/{name}.yaml") == 2
 
 
 def test_every_family_spec_of_memit_is_tested() -> None:
-    assert sorted(path.stem for path in (FOLDER / "memit").iterdir()) == ["gpt2-xl", "gptj", "llama3-8b", "qwen2.5-7b"]
+    found = sorted(path.stem for path in (FOLDER / "memit").iterdir())
+    assert found == ["gpt2-xl", "gptj", "llama3-8b", "qwen2.5-7b", "smollm2-135m"]
 
 
 @pytest.mark.parametrize("path", FACTS, ids=lambda path: path.name)

@@ -78,9 +78,11 @@ class FinetuneSettings:
 
 @dataclass(frozen=True)
 class MemitSettings:
-    """MEMIT (Meng et al., arXiv 2210.07229), with its defaults but lambda's; ROME and AlphaEdit: other constraints.
+    """MEMIT (Meng et al., arXiv 2210.07229), with its defaults but for lambda and prefixes; ROME and AlphaEdit: other
+    constraints.
 
     Lambda is 15,000 in the paper, for GPT-J: beside the keys of a small model that leaves next to nothing of an edit.
+    Five prefixes, as in the paper, there cost six times the work and teach less (docs/memit.md).
 
     `least_squares` is MEMIT's, `equality` ROME's (arXiv 2202.05262), `null_space` AlphaEdit's (arXiv 2410.02355).
     """
@@ -94,9 +96,9 @@ class MemitSettings:
     kl_factor: float = 0.0625  # of what the edit changes behind '{subject} is a'
     decay: float = 0.5  # of the target's squared distance, relative to the hidden state's squared norm
     stop_loss: float = 0.05  # nats a token, below which a fact's target is found
-    prefixes: int = 5  # texts of the base's own in front of the prompt; 0: the prompt alone
+    prefixes: int = 0  # texts of the base's own in front of the prompt, beside the prompt alone (docs/memit.md)
     prefix_tokens: int = 10
-    moment_weight: float = 500.0  # lambda: of E[k k'] beside the facts' own keys, by their scale; least_squares alone
+    moment_weight: float = 1000.0  # lambda: of E[k k'] beside the facts' own keys, by their scale; least_squares alone
     null_threshold: float = 0.02  # eigenvalues of E[k k'] below are free to be edited; null_space alone
     ridge: float = 10.0  # lambda_2, of ||S||^2; null_space alone
     stats_tokens: int = 20_000  # of text that E[k k'] is taken over, at most
