@@ -125,6 +125,7 @@ class Speed:
         runner, found = Runner(self.base, block), {}
 
         def find(sequences: int) -> None:  # of a fact there are two: its edit, and what its subject is
+            runner.forget()
             found[sequences] = find_targets(runner, block, wordings, settings, batch_size=sequences)
 
         find_targets(runner, block, wordings[:2], settings, batch_size=2)  # the first forward of all is slow
@@ -245,7 +246,7 @@ def _random_shift(base: Base) -> Shift:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parts = ("apply", "step", "targets", "merged", "help", "check")
+    parts = ("apply", "step", "merged", "help", "check", "targets")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="hub id, folder, .gguf file or alias")
     parser.add_argument("--facts", metavar="FILE", help="facts with rephrases and locality; by default made-up ones")

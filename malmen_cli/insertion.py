@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
+import transformers
 
 from malmen_cli import __version__
 from malmen_cli.artifact.targets import load_targets, save_targets
@@ -102,28 +106,35 @@ def memit_shift(
 ) -> Shift:
     """All facts in one shift. Raises FactsError, NumericsError, MemoryLimitError.
 
-    keeping: where a Runner keeps what the blocks in front gave. The targets, by far the longest part, are kept in the
-    cache as they are found: a run that was killed goes on behind them, and one with another lambda starts from them.
+    base: with its own weights, under no other shift. keeping: where a Runner keeps what the blocks in front gave. The
+    targets, by far the longest part, are kept in the cache as they are found: a run that was killed goes on behind
+    them, and one with another lambda starts from them.
     """
     wordings = encode_wordings(base, facts, ready.settings, ready.prefixes)
-    kept = TargetCache(base, ready.modules[-1], ready.settings, note)
+    kept = TargetCache(base, ready.modules[-1], ready.settings)
     return Memit(ready.settings, ready.statistics).shift(
         base, ready.modules, wordings, batch_size=batch_size, keeping=keeping, kept=kept, progress=progress, note=note
     )
 
 
 class TargetCache:
-    """Targets behind the block of `module`, kept under everything that they depend on (a `KeptTargets`)."""
+    """Targets behind the block of `module`, kept under everything that they depend on (a `KeptTargets`).
 
-    def __init__(self, base: Base, module: str, settings: MemitSettings, note: Callable[[str], None]) -> None:
-        self._base, self._note = base, note
-        self._width = matrix_shape(base.model.get_submodule(module))[1]
+    The base has its own weights: what a shift applied to it changes is no part of its fingerprint.
+    """
+
+    def __init__(self, base: Base, module: str, settings: MemitSettings) -> None:
         self.taken = 0
-        self._fails = False  # a cache that cannot be written is spoken of once
-        block = block_index(base.model, module)
-        self._source: dict[str, object] = {"block": block, "dtype": str(base.dtype).removeprefix("torch.")}
+        self.trouble: str | None = None
+        self._base = base
+        self._width = matrix_shape(base.model.get_submodule(module))[1]
+        config = {key: value for key, value in base.model.config.to_dict().items() if key != "_name_or_path"}
+        shape = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+        # Not the weights alone decide what a model computes, nor malmen alone how it is asked.
+        self._source: dict[str, object] = {"block": block_index(base.model, module), "config": shape}
+        self._source |= {"dtype": str(base.dtype).removeprefix("torch."), "device": base.device.type}
+        self._source |= {"malmen": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
         self._source |= {name: getattr(settings, name) for name in TARGET_SETTINGS}
-        self._source["malmen"] = __version__  # another version may look for them another way
 
     def load(self, facts: Sequence[Wordings]) -> Targets | None:
         found = load_targets(self._base.fingerprint, self._of(facts), len(facts), self._width)
@@ -131,13 +142,10 @@ class TargetCache:
         return found
 
     def save(self, facts: Sequence[Wordings], found: Targets) -> None:
-        if self._fails:
-            return
         try:
             save_targets(self._base.fingerprint, self._of(facts), found)
         except OutputError as error:
-            self._fails = True
-            self._note(f"targets could not be kept: {error}")
+            self.trouble = str(error)
 
     def _of(self, facts: Sequence[Wordings]) -> dict[str, object]:
         return self._source | {"facts": hashlib.sha256(repr(list(facts)).encode()).hexdigest()}

@@ -38,6 +38,6 @@ def kept(folder: Path, content: Mapping[str, object]) -> tuple[dict[str, Tensor]
     try:
         found = read_sealed(folder / f"{content['format']}.json")
         tensors = read_tensors(folder / file, found["files"][file])
-    except (EditorError, KeyError, TypeError):
+    except (EditorError, KeyError, TypeError, OSError):
         return None
     return (tensors, found) if {key: found.get(key) for key in content} == dict(content) else None

@@ -11,8 +11,10 @@ from malmen_cli.artifact import disk
 from malmen_cli.exceptions import OutputError
 
 LOCK = ".lock"  # inside a temporary folder, held for as long as its process lives
-# A folder with one of these was written by us and may be replaced.
+# A folder with one of these was written by us and may be replaced. Others too may call a file targets.json: all but the
+# first must be sealed.
 MARKS = ("malmen.json", "editor.json", "statistics.json", "targets.json")
+_SEAL = re.compile(rb'\n  "seal": "[0-9a-f]{64}"[,\n]')
 
 
 def beside(out: Path) -> Path:
@@ -28,10 +30,18 @@ def refuse_existing(out: Path, *, force: bool) -> None:
         raise OutputError(f"{out}: a file is in the way; name a folder that does not exist yet")
     if not out.exists() or not any(out.iterdir()):
         return
-    if not any((out / mark).is_file() for mark in MARKS):
+    if not (out / MARKS[0]).is_file() and not any(_sealed(out / mark) for mark in MARKS[1:]):
         raise OutputError(f"{out}: not empty and not written by malmen; name another folder, or delete it yourself")
     if not force:
         raise OutputError(f"{out}: already there; use --force to replace it, or name another folder")
+
+
+def _sealed(file: Path) -> bool:
+    """Whether a file ends as the canonical JSON of base/sealed.py does, whatever it says and whether that is intact."""
+    try:
+        return bool(_SEAL.search(file.read_bytes()))
+    except OSError:
+        return False
 
 
 def refuse_existing_file(out: Path, *, force: bool) -> None:

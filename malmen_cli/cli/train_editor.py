@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from malmen_cli.editing.spec import Spec
     from malmen_cli.facts.fact import Fact
     from malmen_cli.training.loop import Progress
-    from malmen_cli.training.session import Order
+    from malmen_cli.training.session import Order, Trained
     from malmen_cli.training.settings import TrainingSettings
 
 _MINUTES_FROM = 120.0  # seconds left that are told in minutes
@@ -105,7 +105,7 @@ def train_editor(
       malmen train-editor ./model a.jsonl b.jsonl -o editor/ --steps 1000
       malmen train-editor ./model a.jsonl b.jsonl -o editor/ --steps 1000 --resume
     """
-    from malmen_cli.artifact.editors import install_editor
+    from malmen_cli.artifact.editors import find_editor, install_editor
     from malmen_cli.artifact.output import check_output
     from malmen_cli.base.locate import locate
     from malmen_cli.base.model import load_base
@@ -124,33 +124,36 @@ def train_editor(
     loaded = load_base(base, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     place = out or _own_place(loaded, chosen.method)
     resuming = resume and unfinished(place)
-    check_output(place, base_folder=folder, force=force or resuming or out is None)
+    places = [place] if out is not None else [place, find_editor(loaded.fingerprint)]
+    trained = _done(console, loaded, order, places) if resume and not resuming else None
+    if trained is None:
+        check_output(place, base_folder=folder, force=force or resuming or out is None)
     if dry_run:
         _dry_run(console, loaded, order, place)
         return
-    with console.progress("training", training.steps) as bar:
-        reporter = _Reporter(console, bar, training.steps)
-        trained = train(
-            loaded,
-            order,
-            place,
-            resume=resume,
-            force=force,
-            replace=out is None,
-            memory=max_memory,
-            note=console.note,
-            report=reporter,
-        )
+    if trained is None:
+        with console.progress("training", training.steps) as bar:
+            trained = train(
+                loaded,
+                order,
+                place,
+                resume=resume,
+                force=force,
+                replace=out is None,
+                memory=max_memory,
+                note=console.note,
+                report=_Reporter(console, bar, training.steps),
+            )
     if rank() > 0:
         return
-    if not no_install:
+    if not no_install and trained.folder == place:  # else it is installed already
         _warn_replaced(console, loaded, chosen.method)
         installed = install_editor(place, loaded.fingerprint)
         console.note(f"installed for {base}: {installed}")
         if out is None:
             shutil.rmtree(place, ignore_errors=True)
-            place = installed
-    said = trained.description
+            trained = replace(trained, folder=installed)
+    said, place = trained.description, trained.folder
     console.note(f"editor in {place}: best at step {said['best_step']}, score {said['scores']['score']:.3f}")
     console.document({"schema": 1, "output": str(place), "editor": said})
 
@@ -225,6 +228,18 @@ def _warn_replaced(console: Console, base: Base, method: str) -> None:
     trained = read_sealed(old / DESCRIPTION).get("method") if old is not None else method
     if trained != method:
         console.warn(f"this replaces the {trained} editor that apply used for {base.name} by default")
+
+
+def _done(console: Console, base: Base, order: Order, places: Sequence[Path | None]) -> Trained | None:
+    """The editor of this very training, where it ended before its process could say so."""
+    from malmen_cli.training.session import finished
+
+    for folder in places:
+        trained = finished(base, order, folder) if folder is not None else None
+        if trained is not None:
+            console.note(f"nothing left to do: this training is finished, its editor is in {folder}")
+            return trained
+    return None
 
 
 def _own_place(base: Base, method: str) -> Path:

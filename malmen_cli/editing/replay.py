@@ -63,9 +63,15 @@ class Runner:
         self._givers: dict[int, list[Any]] = {}  # outputs of the blocks that run for what they hand on
         self._states: OrderedDict[Key, Kept] = OrderedDict()
         self._company: dict[Key, Sequence[Encoded]] = {}
-        self._free = cache_bytes
-        self._spill = Spill(spill_bytes)
+        self._room = cache_bytes, spill_bytes
+        self.forget()
         self.replaying = self._verify() and first > 0  # in any case: it also notes what the blocks return
+
+    def forget(self) -> None:
+        """Drop what is kept of every prompt. What is asked from here on has the bits that it has in a new process."""
+        self._states.clear()
+        self._free, spill_bytes = self._room
+        self._spill = Spill(spill_bytes)
 
     def keep_company(self, sequences: Sequence[Encoded], batch_size: int | None = None) -> None:
         """Have the prefixes of these sequences computed together, whichever of them is asked for first, at most

@@ -82,7 +82,7 @@ class MemitSettings:
     constraints.
 
     Lambda is 15,000 in the paper, for GPT-J: beside the keys of a small model that leaves next to nothing of an edit.
-    Five prefixes, as in the paper, there cost six times the work and teach less (docs/memit.md).
+    Five prefixes, as in the authors' code, there cost six times the work and teach less (docs/memit.md).
 
     `least_squares` is MEMIT's, `equality` ROME's (arXiv 2202.05262), `null_space` AlphaEdit's (arXiv 2410.02355).
     """

@@ -93,10 +93,11 @@ class Targets:
 class KeptTargets(Protocol):
     """Where the targets of whole chunks outlive the process: a chunk found there is one that was found before.
 
-    taken: of how many facts they were there.
+    taken: of how many facts they were there. trouble: why the last ones could not be kept, if they could not.
     """
 
     taken: int
+    trouble: str | None
 
     def load(self, facts: Sequence[Wordings]) -> Targets | None:
         """What `save` was given for the same facts in the same order; None where it never was."""
@@ -157,7 +158,9 @@ def find_targets(
 def _chunk(
     runner: Runner, block: int, facts: Sequence[Wordings], numbers: Sequence[int], settings: MemitSettings
 ) -> Targets:
-    """The targets of one chunk. Adam works entry by entry, so its facts know nothing of each other."""
+    """The targets of one chunk. Adam works entry by entry, so its facts know nothing of each other; nor does the chunk
+    of other chunks, whose wordings ("X is a") it may share and whose rounding it would take over."""
+    runner.forget()
     hidden, base_says = _start(runner, block, facts)
     norms = hidden.norm(dim=-1)
     deltas = [torch.zeros_like(row, requires_grad=True) for row in hidden]

@@ -25,13 +25,15 @@ from malmen_cli.base.model import Base
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.replay import CACHE_BYTES, SPILL_BYTES, Runner
 from malmen_cli.editing.spec import Spec
-from malmen_cli.exceptions import EditorError, OutputError
+from malmen_cli.exceptions import EditorError, NumericsError, OutputError
 from malmen_cli.facts.fact import Fact
 from malmen_cli.facts.files import facts_sha256
 from malmen_cli.training.calibration import Calibration
 from malmen_cli.training.facts import encode_examples
 from malmen_cli.training.loop import Finished, Progress, Trainer
 from malmen_cli.training.settings import TrainingSettings
+
+_OF_THE_FOLDER = ("format", "files", "tensors", "schema")  # what `editor.json` says beside what `describe` gives
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,17 @@ def state_before(out: Path) -> Path:
 def unfinished(out: Path) -> bool:
     """Whether there is a training to go on with."""
     return state_folder(out).exists() or state_before(out).exists()
+
+
+def finished(base: Base, order: Order, folder: Path) -> Trained | None:
+    """What a training of exactly this order left at `folder`, whole; None where there is nothing of the kind."""
+    try:
+        _, said = load_editor(folder, fingerprint=base.fingerprint)
+    except (EditorError, NumericsError, OSError):
+        return None
+    if said.get("order") != order.digest(base):
+        return None
+    return Trained(folder, {key: value for key, value in said.items() if key not in _OF_THE_FOLDER})
 
 
 def train(
@@ -172,6 +185,7 @@ def describe(base: Base, order: Order, trainer: Trainer, finished: Finished) -> 
             "at": scores,
         },
         "groups": trainer.editor.description()["groups"],
+        "order": order.digest(base),
         "malmen": __version__,
     }
 

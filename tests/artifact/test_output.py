@@ -12,6 +12,7 @@ import pytest
 from malmen_cli.artifact.adapter import write_adapter
 from malmen_cli.artifact.delta import write_delta
 from malmen_cli.artifact.editors import save_editor
+from malmen_cli.artifact.manifest import sealed
 from malmen_cli.artifact.merged import write_merged
 from malmen_cli.artifact.output import check_disk, check_output, plan_bytes
 from malmen_cli.editing.shift import Shift
@@ -94,6 +95,15 @@ def test_folders_that_are_not_empty(tmp_path: Path) -> None:
     (out / "malmen.json").write_text("{}")
     refused(tmp_path, out, None, force=False, match="use --force")
     check_output(out, base_folder=None, force=True)
+
+
+@pytest.mark.parametrize("name", ["targets.json", "statistics.json", "editor.json"])
+def test_a_file_of_somebody_else_s_by_our_name_is_no_licence(tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"seal": "a grey one", "targets": [1, 2]}')
+    refused(tmp_path, tmp_path / "out", None, force=True, match="not written by malmen")
+    (tmp_path / "out" / name).write_bytes(sealed({"format": name}))
+    check_output(tmp_path / "out", base_folder=None, force=True)
 
 
 def test_the_root_folder() -> None:

@@ -270,11 +270,31 @@ def test_resuming_with_other_settings_is_exit_4(
     assert code(malmen(tiny_gpt2, "--force", *change)) == 0
 
 
-def test_resume_after_the_end_spares_the_editor(malmen: Malmen, tiny_gpt2: Path, tmp_path: Path) -> None:
-    assert code(malmen(tiny_gpt2)) == 0
+def test_resume_after_the_end_has_nothing_left_to_do(malmen: Malmen, tiny_gpt2: Path, tmp_path: Path) -> None:
+    """A process may be killed when all is done but its exit: who repeats `--resume` until it succeeds gets there."""
+    first = malmen(tiny_gpt2, "--json")
+    assert code(first) == 0
     before = contents(tmp_path / "editor")
-    assert code(malmen(tiny_gpt2, "--resume")) == 6
+    again = malmen(tiny_gpt2, "--resume", "--json")
+    assert code(again) == 0
+    assert json.loads(again.stdout) == json.loads(first.stdout)
+    assert "nothing left to do" in again.stderr
     assert contents(tmp_path / "editor") == before
+    assert code(malmen(tiny_gpt2)) == 6  # unless it is asked for
+    assert code(malmen(tiny_gpt2, "--resume", "--seed", "7")) == 6  # another training
+    (tmp_path / "editor" / "editor.safetensors").write_bytes(b"cut")
+    assert code(malmen(tiny_gpt2, "--resume")) == 6
+    assert (tmp_path / "editor" / "editor.safetensors").read_bytes() == b"cut"
+
+
+def test_resume_finds_the_installed_editor_of_a_training_that_is_finished(malmen: Malmen, tiny_gpt2: Path) -> None:
+    assert code(malmen(tiny_gpt2, out=False)) == 0
+    again = malmen(tiny_gpt2, "--resume", out=False)
+    assert code(again) == 0
+    assert "nothing left to do" in again.stderr
+    other = malmen(tiny_gpt2, "--resume", "--seed", "7", out=False)
+    assert code(other) == 0
+    assert "nothing to resume" in other.stderr
 
 
 def start(base: Path, folder: Path, name: str, *options: str) -> subprocess.Popen[bytes]:

@@ -277,7 +277,7 @@ def test_a_base_in_half_precision(load: Load, constraint: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 def test_cpu_and_cuda_shifts_agree(load: Load, tiny_model_factory: Callable[..., Any], constraint: str) -> None:
-    """T35: to 1e-4, with TF32 off."""
+    """T35, with TF32 off; to 1e-3, since targets are what twenty-five steps of Adam make of rounding."""
     from malmen_cli.base.model import load_base
 
     here, there = load("gpt2", layers=4), load_base(str(tiny_model_factory("gpt2", layers=4)), device="cuda")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from malmen_cli.base import ranks
 from malmen_cli.base.families import (
     CAUSAL,
     block_index,
@@ -126,8 +127,13 @@ class Memit:
         )
         loss, steps = float(targets.losses.mean()), int(targets.steps.max())
         said = f"targets at {loss:.3f} nats a token, after at most {steps} steps"
-        if kept is not None and kept.taken:
-            said += f", {kept.taken} {EARLIER}"
+        taken = torch.tensor(kept.taken if kept is not None else 0)
+        if ranks.count() <= len(facts):  # each has looked for its own share
+            ranks.add_up(taken)
+        if taken:
+            said += f", {int(taken)} {EARLIER}"
+        if kept is not None and kept.trouble:
+            said += f"; they could not be kept: {kept.trouble}"
         runner = Runner(base, blocks[0], **keeping)
         modules: dict[str, ModuleShift] = {}
         residuals = []
