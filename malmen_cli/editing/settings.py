@@ -9,6 +9,7 @@ from math import isfinite
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from malmen_cli.editing.brief import brief
 from malmen_cli.exceptions import SpecError
 
 S = TypeVar("S")
@@ -116,7 +117,7 @@ class MemitSettings:
         if self.modules and self.blocks is not None:
             raise SpecError("blocks: `modules` names the matrices already; give one of the two")
         if self.blocks is not None and (not self.blocks or min(self.blocks) < 0):
-            raise SpecError(f"blocks: must be numbers from 0, not {list(self.blocks)}")
+            raise SpecError(f"blocks: must be numbers from 0, not {brief(list(self.blocks))}")
 
 
 def at_least(settings: object, least: float, *names: str) -> None:
@@ -144,7 +145,7 @@ def from_mapping(cls: type[S], given: Mapping[str, Any], where: str) -> S:
         if key not in known:
             near = get_close_matches(str(key), list(known), 1)
             raise SpecError(
-                f"{where}: unknown setting {key!r}"
+                f"{where}: unknown setting {brief(key)}"
                 + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
             )
     values = {}
@@ -167,16 +168,16 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         return _checked(value, next(a for a in arguments if a is not type(None)), where)
     if origin is Literal:
         if value not in arguments:
-            raise SpecError(f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}")
+            raise SpecError(f"{where}: {brief(value)} is not one of {', '.join(map(str, arguments))}")
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or (arguments[-1] is not Ellipsis and len(value) != len(arguments)):
-            raise SpecError(f"{where}: expected a list of {arguments[0].__name__}, not {value!r}")
+            raise SpecError(f"{where}: expected a list of {arguments[0].__name__}, not {brief(value)}")
         return tuple(_checked(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(value, float) and not isfinite(value):
         raise SpecError(f"{where}: must be a finite number, not {value}")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise SpecError(f"{where}: expected {hint.__name__}, not {value!r}")
+        raise SpecError(f"{where}: expected {hint.__name__}, not {brief(value)}")
     return value

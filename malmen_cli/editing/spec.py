@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from malmen_cli.editing.brief import brief
 from malmen_cli.editing.methods import METHODS, method_entry
 from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings, from_mapping
 from malmen_cli.exceptions import FactsError, SpecError
@@ -83,10 +84,10 @@ def _opened(path: Path | None, method: str | None) -> tuple[str, Mapping[str, An
     source = str(path) if path is not None else "settings"
     unknown = [key for key in document if key not in KEYS]
     if unknown:
-        raise SpecError(f"{source}: unknown key {unknown[0]!r}; a spec has {', '.join(KEYS)}")
+        raise SpecError(f"{source}: unknown key {brief(unknown[0])}; a spec has {', '.join(KEYS)}")
     name = method or document.get("method", METHOD)
     if not isinstance(name, str):
-        raise SpecError(f"{source}: method must be a name, not {name!r}")
+        raise SpecError(f"{source}: method must be a name, not {brief(name)}")
     return name, document, source
 
 
@@ -118,7 +119,7 @@ def _mapping(document: Mapping[str, Any], key: str, source: str) -> Mapping[str,
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise SpecError(f"{source}: {key} must be a mapping of settings, not {value!r}")
+        raise SpecError(f"{source}: {key} must be a mapping of settings, not {brief(value)}")
     return value
 
 

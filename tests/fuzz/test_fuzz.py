@@ -237,6 +237,9 @@ def _with(pattern: str, **changes: Any) -> bytes:
 KEPT = {
     "index-long-name": ("index", _with("index/two.json", weight_map={"a": "m" * 990 + ".safetensors"})),
     "delta-long-format": ("delta", _with("delta/malmen.json", format="x" * 2000)),
+    "spec-long-method": ("spec", b"method: m" + b"[" * 5000 + b"\n"),
+    "spec-long-key": ("spec", b"m" * 5000 + b": 1\n"),
+    "spec-long-value": ("spec", b"method: malmen\nsettings: {tokens: " + b"m" * 5000 + b"}\n"),
     "delta-long-module": ("delta", _with("delta/malmen.json", modules={"x" * 2000: {}})),
 }
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
+from malmen_cli.editing.brief import brief
 from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings
 from malmen_cli.exceptions import SpecError
 
@@ -42,7 +43,7 @@ def method_entry(name: str) -> Entry:
     if name not in METHODS:
         near = get_close_matches(name, list(METHODS), 1)
         raise SpecError(
-            f"method {name!r} is not known"
+            f"method {brief(name)} is not known"
             + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(METHODS)}")
         )
     return METHODS[name]
