@@ -14,6 +14,7 @@ LOCK = ".lock"  # inside a temporary folder, held for as long as its process liv
 # A folder with one of these was written by us and may be replaced. Others too may call a file targets.json: all but the
 # first must be sealed.
 MARKS = ("malmen.json", "editor.json", "statistics.json", "targets.json")
+_MARK_BYTES = 1 << 26  # what base/sealed.py takes; more is no mark of ours
 _SEAL = re.compile(rb'\n  "seal": "[0-9a-f]{64}"[,\n]')
 
 
@@ -37,9 +38,9 @@ def refuse_existing(out: Path, *, force: bool) -> None:
 
 
 def _sealed(file: Path) -> bool:
-    """Whether a file ends as the canonical JSON of base/sealed.py does, whatever it says and whether that is intact."""
+    """Whether an ordinary file has a line such as the seal of base/sealed.py, whatever it says and seals."""
     try:
-        return bool(_SEAL.search(file.read_bytes()))
+        return file.is_file() and file.stat().st_size <= _MARK_BYTES and bool(_SEAL.search(file.read_bytes()))
     except OSError:
         return False
 

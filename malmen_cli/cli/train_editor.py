@@ -232,10 +232,10 @@ def _warn_replaced(console: Console, base: Base, method: str) -> None:
 
 def _done(console: Console, base: Base, order: Order, places: Sequence[Path | None]) -> Trained | None:
     """The editor of this very training, where it ended before its process could say so."""
-    from malmen_cli.training.session import finished
+    from malmen_cli.training.session import already_trained
 
     for folder in places:
-        trained = finished(base, order, folder) if folder is not None else None
+        trained = already_trained(base, order, folder) if folder is not None else None
         if trained is not None:
             console.note(f"nothing left to do: this training is finished, its editor is in {folder}")
             return trained

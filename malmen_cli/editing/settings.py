@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
@@ -9,10 +10,13 @@ from math import isfinite
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from malmen_cli.editing.brief import brief
 from malmen_cli.exceptions import SpecError
 
 S = TypeVar("S")
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 100
+_BRIEF.maxlevel = 3
 
 
 ROUNDS = 4  # small steps that correct each other beat one large one, which no locality survives
@@ -118,6 +122,11 @@ class MemitSettings:
             raise SpecError("blocks: `modules` names the matrices already; give one of the two")
         if self.blocks is not None and (not self.blocks or min(self.blocks) < 0):
             raise SpecError(f"blocks: must be numbers from 0, not {brief(list(self.blocks))}")
+
+
+def brief(value: object) -> str:
+    """`repr` of what a spec says, for an error message: its middle is left out where it is long."""
+    return _BRIEF.repr(value)
 
 
 def at_least(settings: object, least: float, *names: str) -> None:

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from malmen_cli.editing.brief import brief
 from malmen_cli.editing.methods import METHODS, method_entry
-from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings, from_mapping
+from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings, brief, from_mapping
 from malmen_cli.exceptions import FactsError, SpecError
 from malmen_cli.facts.yaml_reader import load_yaml
 

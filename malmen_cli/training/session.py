@@ -81,7 +81,7 @@ def unfinished(out: Path) -> bool:
     return state_folder(out).exists() or state_before(out).exists()
 
 
-def finished(base: Base, order: Order, folder: Path) -> Trained | None:
+def already_trained(base: Base, order: Order, folder: Path) -> Trained | None:
     """What a training of exactly this order left at `folder`, whole; None where there is nothing of the kind."""
     try:
         _, said = load_editor(folder, fingerprint=base.fingerprint)

@@ -102,6 +102,11 @@ def test_a_file_of_somebody_else_s_by_our_name_is_no_licence(tmp_path: Path, nam
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text('{"seal": "a grey one", "targets": [1, 2]}')
     refused(tmp_path, tmp_path / "out", None, force=True, match="not written by malmen")
+    (tmp_path / "out" / name).unlink()
+    os.mkfifo(tmp_path / "out" / name)  # reading it would never end
+    with pytest.raises(OutputError, match="not written by malmen"):
+        check_output(tmp_path / "out", base_folder=None, force=True)
+    (tmp_path / "out" / name).unlink()
     (tmp_path / "out" / name).write_bytes(sealed({"format": name}))
     check_output(tmp_path / "out", base_folder=None, force=True)
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
-from malmen_cli.editing.brief import brief
-from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings
+from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings, brief
 from malmen_cli.exceptions import SpecError
 
 
