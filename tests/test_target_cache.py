@@ -20,6 +20,7 @@ from malmen_cli.base.model import Base, load_base
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import MemitSettings
 from malmen_cli.editing.shift import Shift
+from malmen_cli.editing.suffix import Suffix, Whole
 from malmen_cli.editing.targets import Targets, find_targets
 from malmen_cli.facts.fact import Fact
 from malmen_cli.insertion import Insertion, memit_shift, prepare
@@ -132,8 +133,9 @@ def test_another_block_has_targets_of_its_own(tiny_model_factory: Callable[..., 
         assert same(shift_of(base, facts[:4], replace(SETTINGS, blocks=(block,))), fresh[block])
 
 
+@pytest.mark.parametrize("kind", [Suffix, Whole])
 def test_facts_of_one_subject_do_not_take_over_each_other_s_rounding(
-    tiny_model_factory: Callable[..., Path], facts: list[Fact], monkeypatch: pytest.MonkeyPatch
+    tiny_model_factory: Callable[..., Path], facts: list[Fact], kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They share "X is a". Its first blocks run in the batch of every chunk anew, so that a chunk whose targets are
     there already, as in a run that goes on, changes no bit of another's."""
@@ -141,18 +143,20 @@ def test_facts_of_one_subject_do_not_take_over_each_other_s_rounding(
     settings = replace(SETTINGS, blocks=(1,))
     alike = [replace(fact, subject="Peru", prompt=f"In {fact.subject}, Peru is") for fact in facts]
     batches: list[set[Any]] = []
-    run = Runner._run_prefix
+    run = Runner.forward
 
-    def counted(runner: Runner, sequences: Any) -> Any:
-        batches.append({sequence.key for sequence in sequences})
-        return run(runner, sequences)
+    def counted(runner: Runner, batch: Any, active: Any, *others: Any, **options: Any) -> Any:
+        if 0 in active:
+            rows = zip(batch.ids.tolist(), batch.mask.sum(-1).tolist(), strict=True)
+            batches.append({tuple(ids[:length]) for ids, length in rows})
+        return run(runner, batch, active, *others, **options)
 
-    monkeypatch.setattr(Runner, "_run_prefix", counted)
     front = Runner(base, 1)
-    batches.clear()
     wordings = insertion.encode_wordings(base, alike, settings)
+    monkeypatch.setattr(targets_module, "moved", lambda runner, block: kind)
+    monkeypatch.setattr(Runner, "forward", counted)
     find_targets(front, 1, wordings, settings, batch_size=BATCH)
-    assert [wordings[0].essence.key in batch for batch in batches] == [True] * 3
+    assert [wordings[0].essence.ids[:-1] in batch for batch in batches] == [True] * 3
     assert sorted(map(len, batches)) == [3, 5, 5]  # the edits of two or four facts, and what they share
 
 

@@ -33,6 +33,11 @@ class Batch:
     def owners(self) -> Tensor:
         return self.rows
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that anything reads here."""
+        return max(self.ids.shape[1], self.source.shape[1] if self.source is not None else 0)
+
     def mask_of(self, reads: str) -> Tensor:
         """Which tokens are real, of the sequence that a stack reads (see families.Stack)."""
         mask = self.mask if reads == IDS else self.source_mask
@@ -47,12 +52,15 @@ def make_batch(
     side: str = "right",
     pad_id: int = 0,
     spots: Sequence[Sequence[int]] | None = None,
+    whole: bool = False,
 ) -> Batch:
     """Pad sequences to one (B, T) batch; positions are those that predict answer tokens.
 
-    spots: other positions of each sequence; what lies behind them is left out.
+    spots: other positions of each sequence. What lies behind the last position predicts nothing and is left out, as an
+    answer's last token, except with `whole` or where there is no position.
     """
-    texts = [s.ids if spots is None else s.ids[: spots[i][-1] + 1] for i, s in enumerate(sequences)]
+    ends = [s.positions if spots is None else spots[i] for i, s in enumerate(sequences)]
+    texts = [s.ids if whole or not end else s.ids[: end[-1] + 1] for s, end in zip(sequences, ends, strict=True)]
     ids, mask = _padded(texts, side, pad_id)
     width = ids.shape[1]
     places = [

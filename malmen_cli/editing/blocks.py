@@ -1,4 +1,6 @@
-"""Getting between the blocks of a loaded model: leaving one out, looking at what it reads or gives, changing it."""
+"""Getting between the blocks of a loaded model: leaving one out, looking at what it reads or gives, changing it; and
+how they attend.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,25 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+
+SHORT = 64  # tokens up to which written-out attention is the faster one with gradients on a CPU (benchmarks/RESULTS.md)
+
+
+@contextmanager
+def written_out(model: Any) -> Iterator[None]:
+    """Let a model attend by plain products and a softmax where it would by PyTorch's fused attention.
+
+    On a CPU the fused one's backward of 16 tokens takes ten times as long in bfloat16, and twice in float32. It is the
+    faster one, and the smaller, for long texts.
+    """
+    if getattr(model.config, "_attn_implementation", None) != "sdpa":
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")
 
 
 def swap_input(states: Tensor, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

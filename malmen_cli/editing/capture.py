@@ -194,7 +194,7 @@ def all_keys(
 
     def run(indices: Sequence[int]) -> dict[str, Tensor]:
         with torch.no_grad(), watching(runner.model, names, gradients=False) as (inputs, _):
-            batch = runner.task.batch([sequences[i] for i in indices], runner.base.device)
+            batch = runner.task.batch([sequences[i] for i in indices], runner.base.device, whole=True)
             runner.full_logits(batch)
         found: dict[str, Tensor] = {}
         for reads, mine in runner.by_stack(names):

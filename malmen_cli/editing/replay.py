@@ -23,7 +23,15 @@ from malmen_cli.base.memory import chunked, halving
 from malmen_cli.base.model import Base, logits_at
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.base.spill import Spill
-from malmen_cli.editing.blocks import change_output, passing, swap_input, watch_input, watch_output
+from malmen_cli.editing.blocks import (
+    SHORT,
+    change_output,
+    passing,
+    swap_input,
+    watch_input,
+    watch_output,
+    written_out,
+)
 
 CACHE_BYTES = 2 << 30  # kept block inputs, beyond which the least recently used are spilled, or dropped and recomputed
 EDIT_CACHE_BYTES = 64 << 20  # of an edit on the CPU: each pass asks for a state once, which disk gives soon enough
@@ -96,9 +104,9 @@ class Runner:
         """
         batch = self.task.batch(sequences, self.base.device)
         if not self.replaying:
-            return self._forward(batch, range(len(self.blocks)), None, behind=behind), batch
+            return self.forward(batch, range(len(self.blocks)), None, behind=behind), batch
         prefix = self._prefix(sequences, batch, keep)
-        return self._forward(batch, range(self.first, len(self.blocks)), prefix, behind=behind), batch
+        return self.forward(batch, range(self.first, len(self.blocks)), prefix, behind=behind), batch
 
     def by_stack(self, names: Sequence[str]) -> list[tuple[str, list[str]]]:
         """What each stack with any of the modules `names` reads, and which of them it holds."""
@@ -107,7 +115,7 @@ class Runner:
 
     def full_logits(self, batch: Batch) -> Tensor:
         """Logits at the batch's positions by the model's plain forward over every block."""
-        return self._forward(batch, range(len(self.blocks)), None)
+        return self.forward(batch, range(len(self.blocks)), None)
 
     @torch.no_grad()
     def heads(self, sequences: Sequence[Encoded]) -> list[Tensor]:
@@ -136,7 +144,7 @@ class Runner:
         if self.model.get_output_embeddings() is None:
             return heads
         batch = self.task.batch([self.task.trial((0, 0, 0))], heads.device)
-        return self._forward(batch, range(0), None, heads=heads)
+        return self.forward(batch, range(0), None, heads=heads)
 
     def _stack(self) -> Stack:
         """The stack of block `first`."""
@@ -196,7 +204,7 @@ class Runner:
             stack.enter_context(watch_input(self.blocks[self.first], seen))
             if mine is not self.stacks[0]:
                 outputs = stack.enter_context(watch_output(self.model.get_encoder(), []))
-            self._forward(batch, range(self.first), None)
+            self.forward(batch, range(self.first), None)
             if mine is not self.stacks[0]:
                 seen.append(outputs[0][0].detach())
         lengths = [batch.mask_of(reads).sum(-1).tolist() for reads in self._read()]
@@ -221,7 +229,7 @@ class Runner:
             self._free += _bytes(kept)
         self._spill.add(gone)
 
-    def _forward(
+    def forward(
         self,
         batch: Batch,
         active: range,
@@ -229,9 +237,16 @@ class Runner:
         *,
         heads: Tensor | None = None,
         behind: Behind | None = None,
+        options: dict[str, Any] | None = None,
     ) -> Tensor:
-        """The model's own forward: only the `active` blocks compute, and the head only at the batch's positions."""
+        """The model's own forward: only the `active` blocks compute, and the head only at the batch's positions.
+
+        kept: what the first active block reads instead of what it is given. heads: what the head reads instead.
+        options: arguments of the forward beside or in place of the task's.
+        """
         with ExitStack() as stack:
+            if torch.is_grad_enabled() and batch.longest <= SHORT and self.base.device.type == "cpu":
+                stack.enter_context(written_out(self.model))
             for index, block in enumerate(self.blocks):
                 if index not in active:
                     stack.enter_context(self._left_out(index, block))
@@ -245,7 +260,7 @@ class Runner:
                 stack.callback(self.blocks[place].register_forward_hook(partial(change_output, change)).remove)
             gather = stack.enter_context(logits_at(self.model, batch.rows, batch.columns, states=heads))
             memory = kept[1] if kept is not None and len(kept) > 1 else None
-            return gather(self.task.logits(self.model(**self.task.inputs(batch, memory))))
+            return gather(self.task.logits(self.model(**self.task.inputs(batch, memory) | (options or {}))))
 
     def _left_out(self, index: int, block: nn.Module) -> AbstractContextManager[Any]:
         """Have a block pass its input on; but the first of a stack whose blocks hand something on (T5's position bias)
@@ -271,17 +286,23 @@ class Runner:
             prefix = self._prefix(sequences, batch, keep=False)
             # Whatever a block hands to a later one beside its output is that of other tokens by now.
             self.full_logits(self.task.batch(others, self.base.device))
-            replayed = self._forward(batch, range(self.first, len(self.blocks)), prefix).float()
+            replayed = self.forward(batch, range(self.first, len(self.blocks)), prefix).float()
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
             return False
-        tolerance = 2e-2 if self.base.dtype in (torch.float16, torch.bfloat16) else REPLAY_TOLERANCE
-        return bool((full - replayed).abs().max() <= tolerance * full.abs().max().clamp(min=1e-6))
+        return agree(full, replayed, self.base.dtype)
 
     def _note_kind(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
         self._extras[index] = len(output) - 1 if isinstance(output, tuple) else -1
         first = index in (self._before(stack) for stack in self.stacks)
         if first and isinstance(output, tuple) and any(isinstance(extra, Tensor) for extra in output[1:]):
             self._givers[index] = []
+
+
+def agree(full: Tensor, replayed: Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits are those of the full forward, up to the rounding of a model in `dtype`."""
+    tolerance = 2e-2 if dtype in (torch.float16, torch.bfloat16) else REPLAY_TOLERANCE
+    apart = (full.float() - replayed.float()).abs().max()
+    return bool(apart <= tolerance * full.float().abs().max().clamp(min=1e-6))
 
 
 def _bytes(kept: Kept) -> int:

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import kl_div, log_softmax
 
 from malmen_cli.base import ranks
 from malmen_cli.base.memory import halving
 from malmen_cli.base.prompts import Encoded, by_length, encode, encode_prompt, subject_end
+from malmen_cli.editing.capture import fact_losses
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import MemitSettings
+from malmen_cli.editing.suffix import Moved, moved
 from malmen_cli.exceptions import FactNumericsError, FactsError, Problem
 
 ESSENCE = "{} is a"  # what the subject is must not change while the fact does; the papers' prompt
@@ -127,15 +130,16 @@ def find_targets(
     # Fewer facts than ranks are not worth sharing: then every rank looks for all of them.
     several = 1 < ranks.count() <= len(facts)
     own = ranks.share(len(facts)) if several else range(len(facts))
-    longest = [max(len(s.ids) for s in facts[i].sequences) for i in own]
+    longest = [max(len(s.ids) - (s.subject or 0) for s in facts[i].sequences) for i in own]  # of what runs again
     size = max(1, batch_size // max((len(fact.sequences) for fact in facts), default=1))
     parts: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
+    run_with = moved(runner, block)
 
     def run(indices: Sequence[int]) -> list[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
         chunk = [facts[i] for i in indices]
         found = kept.load(chunk) if kept is not None else None
         if found is None:
-            found = _chunk(runner, block, chunk, indices, settings)
+            found = _chunk(runner, block, chunk, indices, settings, run_with)
             if kept is not None and (several or ranks.first()):
                 kept.save(chunk, found)
         if progress is not None:
@@ -156,12 +160,21 @@ def find_targets(
 
 
 def _chunk(
-    runner: Runner, block: int, facts: Sequence[Wordings], numbers: Sequence[int], settings: MemitSettings
+    runner: Runner,
+    block: int,
+    facts: Sequence[Wordings],
+    numbers: Sequence[int],
+    settings: MemitSettings,
+    run: Callable[[Runner, int, Sequence[Encoded]], Moved],
 ) -> Targets:
     """The targets of one chunk. Adam works entry by entry, so its facts know nothing of each other; nor does the chunk
     of other chunks, whose wordings ("X is a") it may share and whose rounding it would take over."""
     runner.forget()
-    hidden, base_says = _start(runner, block, facts)
+    rows = _Rows.of(facts)
+    moved = run(runner, block, rows.sequences)
+    hidden = moved.states[[contexts[0] for contexts in rows.contexts]]
+    behind = torch.isin(moved.batch.owners, torch.tensor(rows.essences, device=hidden.device))
+    base_says = log_softmax(moved.logits[behind].float(), -1)
     norms = hidden.norm(dim=-1)
     deltas = [torch.zeros_like(row, requires_grad=True) for row in hidden]
     adam = torch.optim.Adam(deltas, lr=settings.lr)  # one without a gradient is not touched: that fact is done
@@ -170,10 +183,10 @@ def _chunk(
     active = list(range(len(facts)))
     while active:
         with torch.enable_grad():
-            moved = torch.stack([deltas[i] for i in active])
-            learned, essence = _losses(runner, block, [facts[i] for i in active], moved)
+            added = torch.stack([deltas[i] for i in active])
+            learned, essence = _losses(moved, rows, active, added)
             changed = kl_div(essence, base_says[active], reduction="none", log_target=True).sum(-1)
-            far = (moved / norms[active, None]).square().sum(-1)
+            far = (added / norms[active, None]).square().sum(-1)
             total = learned + settings.kl_factor * changed + settings.decay * far
         losses[active] = learned.detach()
         for i, loss in zip(active, total.tolist(), strict=True):
@@ -195,48 +208,39 @@ def _chunk(
     return Targets(hidden + change, change, steps, losses)
 
 
-@torch.no_grad()
-def _start(runner: Runner, block: int, facts: Sequence[Wordings]) -> tuple[Tensor, Tensor]:
-    """Hidden states (n, width) fp32 of the facts' first contexts, and the base's log-probabilities (n, vocabulary)
-    behind their essence."""
-    sequences = [sequence for fact in facts for sequence in (fact.contexts[0], fact.essence)]
-    seen: list[Tensor] = []
+@dataclass(frozen=True)
+class _Rows:
+    """The wordings of a chunk as one batch, fact after fact: every fact's contexts, then its essence.
 
-    def look(states: Tensor) -> Tensor:
-        seen.append(states)
-        return states
+    contexts: of each fact, where its contexts are; essences: of each fact, where its essence is.
+    """
 
-    logits, batch = runner.logits(sequences, behind=(block, look))
-    subjects = torch.tensor([fact.contexts[0].subject for fact in facts], device=seen[0].device)
-    hidden = seen[0][torch.arange(0, len(sequences), 2, device=seen[0].device), subjects].float()
-    return hidden, log_softmax(logits[batch.owners % 2 == 1].float(), -1)
+    sequences: list[Encoded]
+    contexts: list[range]
+    essences: list[int]
+
+    @classmethod
+    def of(cls, facts: Sequence[Wordings]) -> _Rows:
+        ends = list(accumulate(len(fact.sequences) for fact in facts))
+        contexts = [range(end - len(fact.sequences), end - 1) for end, fact in zip(ends, facts, strict=True)]
+        return cls([s for fact in facts for s in fact.sequences], contexts, [end - 1 for end in ends])
 
 
-def _losses(runner: Runner, block: int, facts: Sequence[Wordings], deltas: Tensor) -> tuple[Tensor, Tensor]:
-    """With `deltas` (n, width) added at the subjects: the loss on every fact (n,), and the log-probabilities
-    (n, vocabulary) behind its essence.
+def _losses(moved: Moved, rows: _Rows, active: Sequence[int], deltas: Tensor) -> tuple[Tensor, Tensor]:
+    """With `deltas` (n, width) added at the subjects of the facts `active`: the loss on every one (n,), and the
+    log-probabilities (n, vocabulary) behind its essence.
 
     The loss is the mean over contexts of the mean over answer tokens, so that no wording counts for its length.
     """
-    sequences = [sequence for fact in facts for sequence in fact.sequences]
-    device = deltas.device
-    facts_of = torch.tensor([i for i, fact in enumerate(facts) for _ in fact.sequences], device=device)
-    is_essence = torch.tensor([s is fact.essence for fact in facts for s in fact.sequences], device=device)
-    rows = torch.arange(len(sequences), device=device)
-    columns = torch.tensor([sequence.subject for sequence in sequences], device=device)
-
-    def add(states: Tensor) -> Tensor:
-        return states.index_put((rows, columns), deltas[facts_of].to(states.dtype), accumulate=True)
-
-    logits, batch = runner.logits(sequences, behind=(block, add))
-    logits = logits.float()
-    owners, here = batch.owners, is_essence[batch.owners]
-    answers = torch.bincount(owners, minlength=len(sequences)).to(logits)
-    contexts = torch.bincount(facts_of[~is_essence], minlength=len(facts)).to(logits)
-    each = cross_entropy(logits[~here], batch.labels[~here], reduction="none")
-    share = 1 / (answers[owners] * contexts[facts_of[owners]])
-    learned = torch.zeros(len(facts), device=device).index_add(0, facts_of[owners[~here]], each * share[~here])
-    return learned, log_softmax(logits[here], -1)
+    counts = [len(rows.contexts[i]) for i in active]
+    facts_of = torch.arange(len(active)).repeat_interleave(torch.tensor(counts)).to(deltas.device)
+    # Apart from the essences, which are short: what is run together is padded to one length.
+    logits, batch = moved.run([row for i in active for row in rows.contexts[i]], deltas[facts_of])
+    shares = 1 / torch.tensor(counts, device=deltas.device)[facts_of]
+    learned = torch.zeros(len(active), device=deltas.device)
+    learned = learned.index_add(0, facts_of, fact_losses(logits, batch) * shares)
+    essence, _ = moved.run([rows.essences[i] for i in active], deltas)
+    return learned, log_softmax(essence.float(), -1)
 
 
 @torch.no_grad()

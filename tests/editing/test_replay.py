@@ -61,13 +61,17 @@ def gemma2(layers: int = 4, cap: float = 0.7) -> Base:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_batch_pads_and_points_at_answers(side: str) -> None:
-    batch = make_batch([Encoded((5, 6, 7), 1), Encoded((8, 9), 1)], CPU, side=side, pad_id=3)
-    wanted = [[5, 6, 7], [8, 9, 3]] if side == "right" else [[5, 6, 7], [3, 8, 9]]
+    pair = [Encoded((5, 6, 7), 1), Encoded((8, 9), 1)]
+    batch = make_batch(pair, CPU, side=side, pad_id=3)
+    wanted = [[5, 6], [8, 3]] if side == "right" else [[5, 6], [3, 8]]  # an answer's last token predicts nothing
     assert batch.ids.tolist() == wanted
-    assert batch.mask.tolist() == [[1, 1, 1], [int(token != 3) for token in wanted[1]]]
+    assert batch.mask.tolist() == [[1, 1], [int(token != 3) for token in wanted[1]]]
     assert batch.rows.tolist() == batch.owners.tolist() == [0, 0, 1]
     assert batch.columns.tolist() == [0, 1, 0 if side == "right" else 1]
     assert batch.labels.tolist() == [6, 7, 9]
+    whole = make_batch(pair, CPU, side=side, pad_id=3, whole=True)
+    assert whole.ids.tolist() == ([[5, 6, 7], [8, 9, 3]] if side == "right" else [[5, 6, 7], [3, 8, 9]])
+    assert whole.labels.tolist() == batch.labels.tolist()
 
 
 def test_sequences_without_answers_have_no_positions() -> None:

@@ -15,6 +15,7 @@ from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import encode
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import MemitSettings
+from malmen_cli.editing.suffix import Suffix, Whole
 from malmen_cli.editing.targets import Wordings, find_targets, wordings_of
 from malmen_cli.exceptions import FactsError, MemoryLimitError
 
@@ -120,9 +121,9 @@ def test_a_fact_that_is_done_stops_changing_and_leaves_the_batch(load: Load, mon
     sizes: list[int] = []
     true = targets_module._losses
 
-    def counted(runner, block, some, deltas):
-        sizes.append(len(some))
-        return true(runner, block, some, deltas)
+    def counted(run, rows, active, deltas):
+        sizes.append(len(active))
+        return true(run, rows, active, deltas)
 
     monkeypatch.setattr(targets_module, "_losses", counted)
     short = find_targets(Runner(base, 1), 1, facts, settings, batch_size=64)
@@ -136,8 +137,11 @@ def test_a_fact_that_is_done_stops_changing_and_leaves_the_batch(load: Load, mon
     assert sizes[-1] < sizes[0] == 5
 
 
-def test_the_blocks_in_front_run_once_for_a_chunk(load: Load) -> None:
-    """Once for what the states and the base's answers are taken from, once for the other prompts, then never again."""
+@pytest.mark.parametrize("kind", [Suffix, Whole])
+def test_the_blocks_in_front_run_once_for_a_chunk(load: Load, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind them there are two runs a step, of the contexts and of what the subject is; none but the first where the
+    states behind the block in question are all that is needed of it."""
+    monkeypatch.setattr(targets_module, "moved", lambda runner, block: kind)
     base = load("llama", layers=4)
     runs: dict[int, int] = {0: 0, 2: 0, 3: 0}
     runner = Runner(base, 2)
@@ -154,7 +158,25 @@ def test_the_blocks_in_front_run_once_for_a_chunk(load: Load) -> None:
         handle.remove()
     steps = int(found.steps.max())
     assert steps == SETTINGS.steps
-    assert runs == {0: 2, 2: steps + 2, 3: steps + 2}
+    again = 2 * (steps + 1)
+    assert runs == {0: 1, 2: 1 + (again if kind is Whole else 0), 3: 1 + again}
+
+
+@pytest.mark.parametrize("prefixes", [(), PREFIXES])
+def test_from_the_subject_on_or_whole_the_targets_are_the_same(
+    load: Load, prefixes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load("llama", layers=4)
+    facts = wordings(base, prefixes)
+    stop = 1.01 * some_stop(base, facts)  # not the very loss of one of them, where rounding would decide
+    settings = replace(SETTINGS, steps=25, stop_loss=stop)
+    found = []
+    for kind in (Suffix, Whole):
+        monkeypatch.setattr(targets_module, "moved", lambda runner, block, kind=kind: kind)
+        found.append(find_targets(Runner(base, 1), 1, facts, settings, batch_size=64))
+    for mine, theirs in zip(*((t.deltas, t.states, t.losses) for t in found), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[0].steps, found[1].steps)
 
 
 @pytest.mark.parametrize("clamp", [0.05, 0.5])
@@ -185,10 +207,10 @@ def test_memory_that_runs_out_halves_the_chunk(load: Load, monkeypatch: pytest.M
     wanted = find_targets(Runner(base, 1), 1, facts, SETTINGS, batch_size=64)
 
     def tight(room: int):
-        def losses(runner, block, some, deltas):
-            if len(some) > room:
+        def losses(run, rows, active, deltas):
+            if len(active) > room:
                 raise MemoryError
-            return true(runner, block, some, deltas)
+            return true(run, rows, active, deltas)
 
         return losses
 
