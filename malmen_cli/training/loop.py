@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from malmen_cli.base import ranks
+from malmen_cli.base.memory import chunked
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.base.sampling import own_probes
 from malmen_cli.editing.capture import edit_rows
@@ -30,10 +31,11 @@ from malmen_cli.training.calibration import Calibration, calibrate, preserve
 from malmen_cli.training.facts import Cohort, Draw, Example, cohorts, draw, random_sample
 from malmen_cli.training.objective import MetaLoss, References, meta_loss
 from malmen_cli.training.settings import TrainingSettings
-from malmen_cli.training.validation import Validation, climb, validate
+from malmen_cli.training.validation import AtSizes, Validation, climb, validate
 
 COHORT = 32  # facts drawn together: enough for a full LM batch, few enough for many different draws
 STEP_RATIO, MOST_RATIOS = 1.2, 6  # what every step of the trained editor is changed by while that helps, and how often
+PARTS = 4  # in which the validation facts are edited too, when that factor is chosen
 BAD_STEPS = 5  # consecutive steps without a finite loss, after which training stops
 
 
@@ -66,11 +68,13 @@ class Best:
 
 @dataclass(frozen=True)
 class Finished:
-    """The best editor as it is saved, the factor chosen for its steps, and the validation of exactly that."""
+    """The best editor as it is saved, the factor chosen for its steps, and the validation of exactly that: on all facts
+    at once, and in PARTS parts."""
 
     state: dict[str, Tensor]
     step_factor: float
     validation: Validation
+    in_parts: Validation
 
 
 class Trainer:
@@ -152,20 +156,26 @@ class Trainer:
             if due:
                 save()
 
-    def validate(self) -> Validation:
-        """Scores of one edit of all validation facts with the present editor."""
-        references = self.references.of([p for e in self.valid for p in e.probes[:1]] or self._own_probes)
-        with naming([e.id for e in self.valid]):
-            shift, _ = self._edit([e.edit for e in self.valid])
+    def validate(self, parts: int = 1) -> Validation:
+        """Scores with the present editor: of one edit of all validation facts, or the mean over edits of that many
+        parts of them."""
+        size = max(1, -(-len(self.valid) // parts))
+        return Validation.mean([self._validate(part) for part in chunked(self.valid, size)])
+
+    def _validate(self, examples: Sequence[Example]) -> Validation:
+        references = self.references.of([p for e in examples for p in e.probes[:1]] or self._own_probes)
+        with naming([e.id for e in examples]):
+            shift, _ = self._edit([e.edit for e in examples])
         with applied(self.runner.model, shift):
             end = self.editor.settings.end_of_text and self.runner.task.ends_answers
-            return validate(self.runner, self.valid, references, self.batch_size, end_of_text=end)
+            return validate(self.runner, examples, references, self.batch_size, end_of_text=end)
 
     def finish(self, note: Callable[[str], None] = lambda text: None) -> Finished:
         """The best editor as it is saved; the trainer goes on from it.
 
         The meta-loss weighs locality in nats, the score in shares of answers: where on the curve between learning and
-        keeping the score is best is found at the end, by one factor on every step.
+        keeping the score is best is found at the end, by one factor on every step. It is judged on the validation facts
+        all at once and in PARTS parts, since one editor is to serve few facts and many, and many put up with less.
         """
         self._take(compact(self.best.state))
         trained = [group.network.log_lr.detach().clone() for group in self.editor.groups]
@@ -176,15 +186,15 @@ class Trainer:
                 group.network.log_lr.data.copy_(log_lr + math.log(factor))
             return factor
 
-        def judge(power: int) -> Validation:
+        def judge(power: int) -> AtSizes:
             factor = scale(power)
-            validation = self.validate()
-            note(f"steps times {factor:.3g}: {validation}")
-            return validation
+            found = AtSizes(self.validate(), self.validate(PARTS))
+            note(f"steps times {factor:.3g}: {found}")
+            return found
 
-        best, validation = climb(judge, MOST_RATIOS)
+        best, found = climb(judge, MOST_RATIOS)
         factor = scale(best)
-        return Finished(compact(self.editor.state()), factor, validation)
+        return Finished(compact(self.editor.state()), factor, found.whole, found.parts)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything `restore` needs: tensors, and plain data."""

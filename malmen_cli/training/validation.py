@@ -8,7 +8,8 @@ token of that text is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -18,6 +19,8 @@ from malmen_cli.editing.replay import Runner
 from malmen_cli.scoring.metrics import harmonic_mean
 from malmen_cli.training.facts import Example
 from malmen_cli.training.objective import Reference
+
+Share = float | None
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,16 @@ class Validation:
     gs_greedy: float | None
     ls_teacher_forced: float | None
     ls_greedy: float | None
+
+    @classmethod
+    def mean(cls, parts: Sequence[Validation]) -> Validation:
+        """The mean of every share over the parts in which there is one."""
+
+        def over(name: str) -> Share:
+            there = [share for part in parts if (share := getattr(part, name)) is not None]
+            return sum(there) / len(there) if there else None
+
+        return cls(**{field.name: over(field.name) for field in fields(cls)})
 
     @property
     def score(self) -> float:
@@ -46,6 +59,23 @@ class Validation:
         shares = [f"{share:.2f}" if share is not None else "-" for share in asdict(self).values()]
         pairs = zip(("ES", "GS", "LS"), shares[::2], shares[1::2], strict=True)
         return "  ".join(f"{name} {forced}/{greedy}" for name, forced, greedy in pairs) + f"  score {self.score:.3f}"
+
+
+@dataclass(frozen=True)
+class AtSizes:
+    """The same editor on the validation facts all at once, and on parts of them."""
+
+    whole: Validation
+    parts: Validation
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The mean of both ranks."""
+        score, mean = ((a + b) / 2 for a, b in zip(self.whole.rank, self.parts.rank, strict=True))
+        return score, mean
+
+    def __str__(self) -> str:
+        return f"{self.whole}; in parts {self.parts.score:.3f}"
 
 
 def validate(
@@ -70,8 +100,18 @@ def validate(
     return Validation(*_shares(es, **answers), *_shares(gs, **answers), *_shares(ls, **kept))
 
 
-def climb(judge: Callable[[int], Validation], most: int) -> tuple[int, Validation]:
-    """The first top of validations by whole numbers of at most `most`: from 0 upwards, or else downwards, as long as
+class Ranked(Protocol):
+    """What the better of two is told by."""
+
+    @property
+    def rank(self) -> tuple[float, float]: ...
+
+
+R = TypeVar("R", bound=Ranked)
+
+
+def climb(judge: Callable[[int], R], most: int) -> tuple[int, R]:
+    """The first top of what is ranked by whole numbers of at most `most`: from 0 upwards, or else downwards, as long as
     each is better than the one before; and its validation."""
     best, top = 0, judge(0)
     for direction in (1, -1):
@@ -108,9 +148,6 @@ def _own_hits(
         for row, hit in zip(batch.owners.tolist(), (logits.argmax(-1) == labels).tolist(), strict=True):
             hits[indices[row]].append(hit)
     return list(hits.values())
-
-
-Share = float | None
 
 
 def _shares(hits: Sequence[Sequence[bool]], *, whole: bool, last: bool = False) -> tuple[Share, Share]:

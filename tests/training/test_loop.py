@@ -28,7 +28,7 @@ from malmen_cli.editing.shift import applied
 from malmen_cli.exceptions import FactNumericsError, NumericsError
 from malmen_cli.facts.fact import Fact
 from malmen_cli.training.facts import Example, draw, encode_examples, random_sample
-from malmen_cli.training.loop import BAD_STEPS, MOST_RATIOS, STEP_RATIO, Best, Progress, Trainer
+from malmen_cli.training.loop import BAD_STEPS, MOST_RATIOS, PARTS, STEP_RATIO, Best, Progress, Trainer
 from malmen_cli.training.objective import MetaLoss, References
 from malmen_cli.training.validation import Validation
 
@@ -382,6 +382,7 @@ def test_finish_validates_exactly_what_is_saved(
     fresh = make()
     fresh.editor.groups[:] = Editor.restored(fresh.runner.model, fresh.editor.settings, read).groups
     assert fresh.validate() == validation
+    assert fresh.validate(PARTS) == finished.in_parts
 
 
 @pytest.mark.parametrize(
@@ -398,16 +399,20 @@ def test_finish_validates_exactly_what_is_saved(
 def test_finish_takes_the_best_factor_on_the_best_editor_s_steps(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch, wanted: int, asked: list[int]
 ) -> None:
-    """Not on those of the last step, which may have got worse; up or down, as long as it gets better."""
+    """Not on those of the last step, which may have got worse; up or down, as long as it gets better, by the mean of
+    the scores of all facts at once and in parts."""
     trainer.prepare()
     trainer.run(quiet, lambda: None)
     kept, network = trainer.best.state["0.log_lr"].clone(), trainer.editor.groups[0].network
     network.log_lr.data.fill_(5.0)
     tried: list[float] = []
 
-    def validated() -> Validation:
-        tried.append(float((trainer.editor.groups[0].network.log_lr - kept).detach().mean()) / math.log(STEP_RATIO))
-        score = 0.9 ** abs(tried[-1] - wanted)
+    def validated(parts: int = 1) -> Validation:
+        power = float((trainer.editor.groups[0].network.log_lr - kept).detach().mean()) / math.log(STEP_RATIO)
+        if parts == 1:
+            tried.append(power)
+        # What pulls one of the two up pulls the other down.
+        score = 0.3 + 0.9 ** abs(power - wanted) / 2 + (0.02 if parts == 1 else -0.02) * power
         return Validation(*[score] * 6)
 
     monkeypatch.setattr(trainer, "validate", validated)
@@ -417,9 +422,31 @@ def test_finish_takes_the_best_factor_on_the_best_editor_s_steps(
     assert tried == pytest.approx(asked, abs=1e-4)
     assert [line.split(":")[0] for line in said] == [f"steps times {STEP_RATIO**power:.3g}" for power in asked]
     assert finished.step_factor == pytest.approx(STEP_RATIO**best)
-    assert finished.validation.score == pytest.approx(0.9 ** abs(best - wanted), rel=1e-3)
+    assert finished.validation.score == pytest.approx(0.3 + 0.9 ** abs(best - wanted) / 2 + 0.02 * best, rel=1e-3)
+    assert finished.in_parts.score == pytest.approx(0.3 + 0.9 ** abs(best - wanted) / 2 - 0.02 * best, rel=1e-3)
     torch.testing.assert_close(finished.state["0.log_lr"], kept + best * math.log(STEP_RATIO))
     assert trainer.method.editor is trainer.editor
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 99])
+def test_parts_are_edited_each_by_itself(
+    make_trainer: MakeTrainer, make_facts: MakeFacts, monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    facts = make_facts(30)
+    trainer = make_trainer(facts[:22], facts[22:], valid_facts=8)
+    trainer.prepare()
+    edited: list[list[Encoded]] = []
+    true = trainer._edit
+    monkeypatch.setattr(trainer, "_edit", lambda edits: (edited.append(list(edits)), true(edits))[1])
+    found = trainer.validate(parts)
+    assert [len(edits) for edits in edited] == [8 // min(parts, 8)] * min(parts, 8)
+    assert [edit for edits in edited for edit in edits] == [example.edit for example in trainer.valid]
+    kept, alone = trainer.valid, []
+    for start in range(0, 8, len(edited[0])):
+        trainer.valid = kept[start : start + len(edited[0])]
+        alone.append(trainer.validate())
+    for name, share in asdict(found).items():
+        assert share == pytest.approx(sum(getattr(one, name) for one in alone) / len(alone)), name
 
 
 # ---------------------------------------------------------------- steps without a finite loss

@@ -112,7 +112,7 @@ def test_the_best_editor_is_the_one_saved(
 ) -> None:
     scores = {2: 0.9, 4: 0.2, 5: 0.5}
 
-    def validate(self: Any) -> Any:
+    def validate(self: Any, parts: int = 1) -> Any:
         """By the editor that is validated: at the end it is the best again, whatever the step."""
         log_lr = self.editor.state()["0.log_lr"]
         known = [step for step, tensor in kept.items() if torch.equal(tensor, log_lr)]

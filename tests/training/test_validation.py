@@ -15,7 +15,7 @@ from malmen_cli.scoring.protocols import collect
 from malmen_cli.scoring.report import summarise
 from malmen_cli.training.facts import Example, encode_examples
 from malmen_cli.training.objective import References
-from malmen_cli.training.validation import Validation, _shares, validate
+from malmen_cli.training.validation import AtSizes, Validation, _shares, validate
 
 Y, N = True, False
 
@@ -118,3 +118,17 @@ def test_of_two_scores_of_zero_the_better_mean_ranks_higher() -> None:
     poor, better = Validation(0.2, 0, 0, 0, 1, 1), Validation(0.9, 0.8, 0.2, 0, 1, 1)
     assert poor.score == better.score == 0.0
     assert poor.rank < better.rank
+
+
+def test_the_mean_is_over_the_parts_that_have_a_share() -> None:
+    one, other = Validation(1.0, 0.5, None, None, 0.2, None), Validation(0.0, 0.25, 0.75, None, 0.6, None)
+    assert Validation.mean([one, other]) == Validation(0.5, 0.375, 0.75, None, pytest.approx(0.4), None)
+    assert Validation.mean([one]) == one
+
+
+def test_two_sizes_are_ranked_by_the_mean_of_both() -> None:
+    few, many = Validation(*[0.8] * 6), Validation(*[0.4] * 6)
+    assert AtSizes(many, few).rank == pytest.approx((0.6, 0.6))
+    assert str(AtSizes(many, few)).endswith("score 0.400; in parts 0.800")
+    nothing = Validation(0.5, 0.0, 0.0, 0.0, 0.0, 0.0)
+    assert AtSizes(nothing, nothing).rank == pytest.approx((0.0, 0.5 / 6))
