@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from malmen_cli.base import ranks
 from malmen_cli.base.families import CLASSIFIER, kind_of
 from malmen_cli.base.locate import locate
 from malmen_cli.base.tasks import Task, task_of
 from malmen_cli.base.weights import fingerprint
 from malmen_cli.exceptions import CheckpointError
 
+ALL = "all"  # --device: one model over all CUDA devices, whole blocks on each, placed by accelerate
+LEFT_TO_WEIGHTS = 0.8  # of each device's free memory; the rest is for what runs and for the editor
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 # Causal masks and rotary tables that older releases saved beside the weights (the hub's GPT-2, GPT-J and Pythia).
 # So are BERT's position numbers.
@@ -42,6 +46,8 @@ class Base:
 
     @property
     def device(self) -> torch.device:
+        """Where prompts go in and everything but the model's own blocks is computed: that of the embeddings, where the
+        model is spread over several."""
         parameter: nn.Parameter = next(self.model.parameters())
         return parameter.device
 
@@ -80,6 +86,31 @@ def pick_device(device: str) -> torch.device:
     return picked
 
 
+def _placing(device: str) -> dict[str, Any]:
+    """What `from_pretrained` is told of the device. Raises CheckpointError."""
+    if device != ALL:
+        return {}
+    count = torch.cuda.device_count()
+    if count < 1:
+        raise CheckpointError(f"--device {ALL}: there is no CUDA device here")
+    if ranks.count() > 1:
+        raise CheckpointError(f"--device {ALL}: each of several processes has a device of its own; run one process")
+    if importlib.util.find_spec("accelerate") is None:
+        raise CheckpointError(f"--device {ALL}: accelerate places a model on several devices; pip install accelerate")
+    room = {number: int(LEFT_TO_WEIGHTS * torch.cuda.mem_get_info(number)[0]) for number in range(count)}
+    return {"device_map": "auto", "max_memory": room}
+
+
+def _refuse_offloaded(name: str, model: Any) -> None:
+    """What accelerate keeps in host memory or on the disk cannot be edited in place."""
+    outside = [part for part, place in getattr(model, "hf_device_map", {}).items() if place in ("cpu", "disk")]
+    if outside:
+        raise CheckpointError(
+            f"{name}: its weights do not fit on the CUDA devices here: {len(outside)} parts of it are left over, the "
+            f"first {outside[0]}; try a smaller --dtype, more devices, or --device cpu"
+        )
+
+
 def exact_sums() -> None:
     """fp32 products in fp32, not TF32, and those of half precision summed in fp32: the CPU and CUDA then agree."""
     torch.set_float32_matmul_precision("highest")
@@ -98,13 +129,15 @@ def load_base(
     """Load a hub id, folder, `.gguf` file or built-in alias as what its config says it is: a causal language model, an
     encoder-decoder, or a sequence classifier.
 
-    dtype: `auto` keeps the checkpoint's, else a torch dtype's name. Raises CheckpointError.
+    device: `auto`, a torch device, or `all` for one model over all CUDA devices. dtype: `auto` keeps the checkpoint's,
+    else a torch dtype's name. Raises CheckpointError.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     if dtype not in DTYPES:
         raise CheckpointError(f"--dtype {dtype}: not one of {', '.join(DTYPES)}")
-    place = pick_device(device)
+    spread = _placing(device)
+    place = None if spread else pick_device(device)
     exact_sums()
     found = locate(name, revision=revision)
     identity = fingerprint(found.folder)
@@ -117,6 +150,7 @@ def load_base(
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
             output_loading_info=True,
+            **spread,
             **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(found.folder, **options)
@@ -128,7 +162,8 @@ def load_base(
     _refuse_incomplete(name, model, report)
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise CheckpointError(f"{name}: its tokenizer has no tokens; copy the tokenizer's files into the folder")
-    model = model.to(place).eval().requires_grad_(False)
+    _refuse_offloaded(name, model)
+    model = (model if place is None else model.to(place)).eval().requires_grad_(False)
     return Base(name, found.folder, found.revision, identity, model, tokenizer)
 
 
@@ -152,7 +187,8 @@ def logits_at(
         return picked[None], *others  # (B, T, width) -> (1, n, width)
 
     def gather(logits: Tensor) -> Tensor:
-        return logits[0] if narrowed else logits[rows.to(logits.device), columns.to(logits.device)]
+        picked = logits[0] if narrowed else logits[rows.to(logits.device), columns.to(logits.device)]
+        return picked.to(rows.device)
 
     head = model.get_output_embeddings()
     # In front of every other hook, so that those see the narrowed states too.

@@ -67,7 +67,12 @@ Revision = Annotated[
 ]
 Device = Annotated[
     str,
-    typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=_MODEL),
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="auto, cpu, cuda, cuda:1 ..., or all: one model over all CUDA devices.",
+        rich_help_panel=_MODEL,
+    ),
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],

@@ -166,14 +166,19 @@ def _batch_rows(
         chosen = [(i, row, *place) for row, i in enumerate(indices) for place in places(edits[i], tokens, reads)]
         owners, lines, columns, roles = torch.tensor(chosen, dtype=torch.long).reshape(-1, 4).T.to(batch.rows.device)
         spots = lines * batch.mask_of(reads).shape[1] + columns
+        device = runner.base.device  # a module may lie on another
         keys, pulls, values = (
-            {name: tensors[name].detach().flatten(0, -2)[spots].float() for name in mine}
+            {name: _rows_of(tensors[name].detach(), spots).float().to(device) for name in mine}
             for tensors in (inputs, gradients, outputs)
         )
         rows = Rows(keys, pulls, values, owners, roles, float(loss.detach()))
         _check_finite(rows)
         stacked.append(rows)
     return stacked
+
+
+def _rows_of(tensor: Tensor, spots: Tensor) -> Tensor:
+    return tensor.flatten(0, -2)[spots.to(tensor.device)]
 
 
 def _check_finite(rows: Rows) -> None:
@@ -198,8 +203,8 @@ def all_keys(
             runner.full_logits(batch)
         found: dict[str, Tensor] = {}
         for reads, mine in runner.by_stack(names):
-            real = batch.mask_of(reads).bool()
-            found |= {name: inputs[name].reshape(*real.shape, -1)[real].float() for name in mine}
+            real = batch.mask_of(reads).bool().flatten().nonzero()[:, 0]
+            found |= {name: _rows_of(inputs[name], real).float().to(runner.base.device) for name in mine}
         return found
 
     for indices in by_length([s.length for s in sequences], batch_size):
@@ -226,5 +231,5 @@ def weight_gradients(
     found = {}
     for name, gradient in zip(names, gradients, strict=True):
         keys = inputs[name].reshape(-1, inputs[name].shape[-1]).float()
-        found[name] = keys.T @ gradient.reshape(-1, gradient.shape[-1]).float()
+        found[name] = (keys.T @ gradient.reshape(-1, gradient.shape[-1]).float()).to(runner.base.device)
     return float(loss.detach()), found

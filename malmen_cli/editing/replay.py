@@ -136,7 +136,7 @@ class Runner:
             self.logits(sequences)
         finally:
             handle.remove()
-        states = kept[-1].reshape(-1, kept[-1].shape[-1])
+        states = kept[-1].reshape(-1, kept[-1].shape[-1]).to(self.base.device)
         return list(states.split(counts))
 
     def logits_of(self, heads: Tensor) -> Tensor:
@@ -207,9 +207,10 @@ class Runner:
             self.forward(batch, range(self.first), None)
             if mine is not self.stacks[0]:
                 seen.append(outputs[0][0].detach())
+        here = [kept.to(self.base.device) for kept in seen]
         lengths = [batch.mask_of(reads).sum(-1).tolist() for reads in self._read()]
         return {
-            s.key: tuple(kept[row, : length[row]].clone() for kept, length in zip(seen, lengths, strict=True))
+            s.key: tuple(kept[row, : length[row]].clone() for kept, length in zip(here, lengths, strict=True))
             for row, s in enumerate(sequences)
         }
 

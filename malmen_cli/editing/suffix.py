@@ -44,10 +44,10 @@ class Whole:
 
     def run(self, rows: Sequence[int], added: Tensor) -> tuple[Tensor, Batch]:
         sequences = [self._sequences[row] for row in rows]
-        places = torch.arange(len(rows), device=added.device), _subjects(sequences, added.device)
 
         def add(states: Tensor) -> Tensor:
-            return states.index_put(places, added.to(states.dtype), accumulate=True)
+            places = torch.arange(len(rows), device=states.device), _subjects(sequences, states.device)
+            return states.index_put(places, added.to(states), accumulate=True)
 
         return self._runner.logits(sequences, behind=(self._block, add))
 
@@ -74,7 +74,7 @@ class Suffix:
         self._starts = torch.tensor(starts, device=batch.ids.device)
         self._front = max(starts)
         self._pairs = {i: tuple(t[:, :, : self._front] for t in pair) for i, pair in noted.pairs.items()}
-        self._hidden = _from(seen[0], self._starts, max(s.length for s in self._suffixes))
+        self._hidden = _from(seen[0].to(self._starts.device), self._starts, max(s.length for s in self._suffixes))
         self.states = self._hidden[:, 0].float()
 
     def run(self, rows: Sequence[int], added: Tensor) -> tuple[Tensor, Batch]:
@@ -130,7 +130,8 @@ class _KeysAndValues(DynamicCache):  # type: ignore[misc]
         if self._before is None:
             self.pairs[layer_idx] = key_states.detach(), value_states.detach()
             return key_states, value_states
-        keys, values = (kept[self._rows] for kept in self._before[layer_idx])
+        assert self._rows is not None
+        keys, values = (kept[self._rows.to(kept.device)] for kept in self._before[layer_idx])
         return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
@@ -142,8 +143,9 @@ def _first_run(runner: Runner, block: int, sequences: Sequence[Encoded]) -> tupl
     seen: list[Tensor] = []
     with torch.no_grad():
         logits, batch = runner.logits(sequences, behind=(block, partial(_note, seen)))
-    rows = torch.arange(len(sequences), device=seen[0].device)
-    return logits, batch, seen[0][rows, _subjects(sequences, seen[0].device)].float()
+    states = seen[0].to(batch.ids.device)
+    rows = torch.arange(len(sequences), device=states.device)
+    return logits, batch, states[rows, _subjects(sequences, states.device)].float()
 
 
 def _note(seen: list[Tensor], states: Tensor) -> Tensor:

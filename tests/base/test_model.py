@@ -6,12 +6,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import malmen_cli.base.model as model_module
 from malmen_cli.base.model import load_base, pick_device
 from malmen_cli.base.weights import fingerprint
 from malmen_cli.exceptions import CheckpointError
@@ -79,6 +82,62 @@ def test_sums_are_exact_whatever_was_set_before(tiny_gpt2: Path) -> None:
     load_base(str(tiny_gpt2), device="cpu")
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+
+
+@pytest.mark.parametrize(
+    ("devices", "processes", "fault"),
+    [
+        (0, 1, "there is no CUDA device here"),
+        (2, 2, "each of several processes has a device of its own; run one process"),
+        (2, 1, "accelerate places a model on several devices; pip install accelerate"),
+    ],
+)
+def test_all_devices_need_devices_one_process_and_accelerate(
+    tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch, devices: int, processes: int, fault: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(model_module.ranks, "count", lambda: processes)
+    monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=f"^--device all: {fault}$"):
+        load_base(str(tiny_gpt2), device="all")
+
+
+def test_all_devices_share_the_blocks_and_leave_room_for_what_runs(
+    tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What transformers is asked for: there is no second device to see it done on."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: ((number + 1) * 1000, 5000))
+    asked: dict[str, Any] = {}
+    true = transformers.AutoModelForCausalLM.from_pretrained
+
+    def loaded(folder: Path, **options: Any) -> Any:
+        asked.update({name: options.pop(name) for name in ("device_map", "max_memory")})
+        return true(folder, **options)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaded)
+    base = load_base(str(tiny_gpt2), device="all")
+    assert asked == {"device_map": "auto", "max_memory": {0: 800, 1: 1600}}
+    assert not base.model.training
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_what_does_not_fit_on_all_devices_is_refused(
+    tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """It could not be edited in place."""
+    true = transformers.AutoModelForCausalLM.from_pretrained
+
+    def loaded(folder: Path, **options: Any) -> Any:
+        model, report = true(folder, **options)
+        model.hf_device_map = {"transformer.wte": 0, "transformer.h.0": 1, "transformer.h.1": place, "lm_head": place}
+        return model, report
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaded)
+    said = "do not fit on the CUDA devices here: 2 parts of it are left over, the first transformer.h.1"
+    with pytest.raises(CheckpointError, match=said):
+        load_base(str(tiny_gpt2), device="cpu")
 
 
 @pytest.mark.parametrize("device", ["warp", "cuda:99", "cpu cpu", "", "meta"])

@@ -70,8 +70,8 @@ class Finetune:
         Raises NumericsError when loss or gradient are not finite, MemoryLimitError when one fact does not fit.
         """
         leaf = runner.model.get_submodule(module)
-        layout, device = weight_layout(leaf), leaf.weight.device
-        shape = matrix_shape(leaf)
+        layout, shape = weight_layout(leaf), matrix_shape(leaf)
+        device = runner.base.device
         matrix = torch.zeros(shape, dtype=torch.float32, device=device, requires_grad=True)  # S, all that is tuned
         adam = torch.optim.AdamW([matrix], lr=self.settings.lr, weight_decay=self.settings.weight_decay)
         bound = self._bound(leaf.weight)
@@ -119,7 +119,7 @@ def _gradient(runner: Runner, module: str, batch: Sequence[Encoded], batch_size:
         return loss, found[module]
 
     leaf = runner.model.get_submodule(module)
-    gradient = torch.zeros(matrix_shape(leaf), device=leaf.weight.device)
+    gradient = torch.zeros(matrix_shape(leaf), device=runner.base.device)
     total = torch.zeros((), dtype=torch.float64)
     for indices in by_length([batch[i].length for i in own], batch_size):
         for loss, found in halving(indices, run):

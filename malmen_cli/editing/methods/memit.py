@@ -183,11 +183,11 @@ def _keys(
             batch = runner.logits(sequences, behind=(block, look))[1]
         lines = torch.arange(len(sequences), device=counts.device)
         # The one answer position of such a sequence is its last real token, the subject's.
-        at_subject = inputs[name].reshape(*batch.ids.shape, -1)[lines, batch.columns].float()
+        at_subject = inputs[name].reshape(*batch.ids.shape, -1).to(lines.device)[lines, batch.columns].float()
         owners = torch.arange(len(indices), device=counts.device).repeat_interleave(counts)
         sums = at_subject.new_zeros(len(indices), at_subject.shape[-1]).index_add(0, owners, at_subject)
         firsts = counts.cumsum(0) - counts
-        hidden = seen[0][firsts, batch.columns[firsts]].float()
+        hidden = seen[0].to(lines.device)[firsts, batch.columns[firsts]].float()
         return torch.tensor(list(indices), device=counts.device), sums / counts[:, None], hidden
 
     for start in range(0, len(facts), size):
