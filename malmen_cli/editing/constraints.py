@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from malmen_cli.editing.ridge import NormalEquations, Penalty, Preserved, solve_dual
+from malmen_cli.editing.ridge import NormalEquations, Penalty, Preserved, Triangular, solve_dual
 from malmen_cli.editing.settings import MemitSettings
 from malmen_cli.editing.shift import ModuleShift
 from malmen_cli.exceptions import NumericsError, SpecError
@@ -35,26 +35,45 @@ def check_moment(settings: MemitSettings, moment: Tensor, name: str) -> None:
             raise SpecError(f"null_threshold: the keys of {name} have energy {least} in every direction; raise it")
 
 
-def penalty(settings: MemitSettings, moment: Tensor, name: str) -> Penalty:
+def penalty(settings: MemitSettings, moment: Tensor, name: str) -> Penalty | Triangular:
     """What holds the weight of module `name`, with C = `moment` (dk, dk), in fp64: `lambda C` (MEMIT), `C` (ROME), or
     everything outside C's null space, and lambda_2 inside (AlphaEdit).
 
-    Raises as `check_moment` does.
+    By a Cholesky factor where that will do. Raises as `check_moment` does.
     """
     check_moment(settings, moment, name)
+    if settings.constraint != "null_space" and (found := _by_cholesky(settings, moment)) is not None:
+        return found
     kept = Preserved.whole(moment[None])
     mean = kept.energies.mean(-1)
     if settings.constraint == "null_space":
         held = kept.forbidden(settings.null_threshold)
         return Penalty(torch.full_like(mean, settings.ridge), torch.ones_like(mean), held)
-    weight = settings.moment_weight if settings.constraint == "least_squares" else 1.0
+    weight = _weight(settings)
     return Penalty(weight * FLOOR * mean, torch.full_like(mean, weight), kept)
+
+
+def _by_cholesky(settings: MemitSettings, moment: Tensor) -> Triangular | None:
+    """The same penalty from a Cholesky factor. None where a pivot says that rounding has eaten into what FLOOR gives:
+    there energies below 0 have to be told from the others."""
+    weighted = _weight(settings) * moment.double()
+    floor = FLOOR * weighted.diagonal().mean()
+    weighted.diagonal().add_(floor)
+    lower, failed = torch.linalg.cholesky_ex(weighted[None])
+    if bool(failed.any()) or not bool(lower[0].diagonal().square().min() >= floor / 2):
+        return None
+    return Triangular(floor[None], lower)
+
+
+def _weight(settings: MemitSettings) -> float:
+    """lambda: ROME's equality knows none."""
+    return settings.moment_weight if settings.constraint == "least_squares" else 1.0
 
 
 class Ridge:
     """MEMIT and AlphaEdit: exact factors up to dk facts, beyond them sums alone."""
 
-    def __init__(self, penalty: Penalty, rows: int, dk: int, dv: int) -> None:
+    def __init__(self, penalty: Penalty | Triangular, rows: int, dk: int, dv: int) -> None:
         self.penalty = penalty
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -88,7 +107,7 @@ class Chain:
     facts that is one solve, whose factors are kept; beyond, the shift so far is, and CHAIN facts are put in at a time.
     """
 
-    def __init__(self, penalty: Penalty, rows: int, dk: int, dv: int) -> None:
+    def __init__(self, penalty: Penalty | Triangular, rows: int, dk: int, dv: int) -> None:
         self.penalty = penalty
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -128,7 +147,7 @@ class Chain:
         right = torch.linalg.solve_triangular(system, values, upper=False)
         error = (system @ right - values).norm() / values.norm().clamp(min=torch.finfo(dtype).tiny)
         self.residual = max(self.residual, float(error.nan_to_num(torch.inf)))
-        return self.penalty.whiten(whitened)[0], right
+        return self.penalty.back(whitened)[0], right
 
 
 def _factors(layout: str, left: Tensor, right: Tensor) -> ModuleShift:

@@ -99,6 +99,35 @@ class Penalty:
         result: Tensor = (matrix - basis @ projected) * floor.rsqrt()[:, None, None]
         return result
 
+    def back(self, matrix: Tensor) -> Tensor:
+        """`P^(1/2)' @ matrix`: this root is symmetric."""
+        return self.whiten(matrix)
+
+
+@dataclass(frozen=True)
+class Triangular:
+    """`tr(S' M S)` for positive definite M, applied as the root L^-1 of P = M^-1 where M = L L': for a fraction of what
+    the eigendecomposition behind a `Penalty` of full rank costs, but with no derivatives by lambda and mu.
+
+    lam: (m,) what M has on its diagonal beside moments; lower: (m, dk, dk).
+    """
+
+    lam: Tensor
+    lower: Tensor
+
+    def to(self, target: torch.dtype | torch.device) -> Triangular:
+        return Triangular(self.lam.to(target), self.lower.to(target))
+
+    def whiten(self, matrix: Tensor) -> Tensor:
+        """`L^-1 @ matrix` for a matrix (m, dk, *)."""
+        found: Tensor = torch.linalg.solve_triangular(self.lower, matrix.contiguous(), upper=False)
+        return found
+
+    def back(self, matrix: Tensor) -> Tensor:
+        """`L^-T @ matrix` for a matrix (m, dk, *)."""
+        found: Tensor = torch.linalg.solve_triangular(self.lower.mT, matrix.contiguous(), upper=True)
+        return found
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -112,7 +141,7 @@ class Solution:
     dense: Tensor | None
     factor: Tensor
     whitened: Tensor | None
-    penalty: Penalty
+    penalty: Penalty | Triangular
     residual: float
 
     def matrix(self) -> Tensor:
@@ -128,6 +157,7 @@ class Solution:
         M = A^-1 X with A = K'K + lambda I + mu C0; dL/dlog lambda = -lambda <M, S>, dL/dlog mu = -mu <M, C0 S>.
         """
         penalty, whiten = self.penalty, self.penalty.whiten
+        assert isinstance(penalty, Penalty)
         shift, pulled = self.matrix(), whiten(gradient.to(self.factor.dtype))
         if self.whitened is not None:
             by_value = torch.cholesky_solve(self.whitened @ pulled, self.factor)
@@ -140,19 +170,19 @@ class Solution:
         return by_value, by_lambda, by_mu
 
 
-def solve_dual(keys: Tensor, values: Tensor, penalty: Penalty) -> Solution:
+def solve_dual(keys: Tensor, values: Tensor, penalty: Penalty | Triangular) -> Solution:
     """S = P K' (K P K' + I)^-1 V, exactly of rank n: for n <= dk. keys (m, n, dk), values (m, n, dv)."""
     whitened = penalty.whiten(keys.mT).mT
     system = whitened @ whitened.mT
     system.diagonal(dim1=-2, dim2=-1).add_(1)
     alpha, factor, residual = _solve(system, values)
-    return Solution(penalty.whiten(whitened.mT), alpha, None, factor, whitened, penalty, residual)
+    return Solution(penalty.back(whitened.mT), alpha, None, factor, whitened, penalty, residual)
 
 
 class NormalEquations:
     """Kw'Kw and Kw'V as sums over rows: memory does not grow with the number of facts."""
 
-    def __init__(self, penalty: Penalty, width: int, out: int) -> None:
+    def __init__(self, penalty: Penalty | Triangular, width: int, out: int) -> None:
         modules, like = len(penalty.lam), penalty.lam
         self.penalty = penalty
         self.gram = torch.zeros(modules, width, width, dtype=like.dtype, device=like.device)
@@ -172,7 +202,7 @@ class NormalEquations:
         """The shift; no more rows can be added."""
         self.gram.diagonal(dim1=-2, dim2=-1).add_(1)
         inner, factor, residual = _solve(self.gram, self.cross)
-        return Solution(None, None, self.penalty.whiten(inner), factor, None, self.penalty, residual)
+        return Solution(None, None, self.penalty.back(inner), factor, None, self.penalty, residual)
 
 
 def solve_primal(keys: Tensor, values: Tensor, penalty: Penalty) -> Solution:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import malmen_cli.editing.constraints as constraints_module
 import malmen_cli.editing.methods.memit as memit_module
 from malmen_cli.base.batch import make_batch
 from malmen_cli.base.model import Base
@@ -20,6 +21,7 @@ from malmen_cli.editing.constraints import FLOOR, Chain, Ridge, penalty
 from malmen_cli.editing.methods.memit import Memit, _keys, memit_modules, written_blocks
 from malmen_cli.editing.moments import Statistics, second_moments
 from malmen_cli.editing.replay import Runner
+from malmen_cli.editing.ridge import Penalty, Triangular
 from malmen_cli.editing.settings import MemitSettings, from_mapping
 from malmen_cli.editing.shift import IN_OUT, ModuleShift, Shift, applied
 from malmen_cli.editing.targets import Wordings, find_targets, wordings_of
@@ -158,6 +160,37 @@ def test_sums_over_facts_are_the_factors(constraint: str) -> None:
     keys, values, moment = problem(9)
     settings = settings_of(constraint, null_threshold=float(torch.linalg.eigvalsh(moment)[6]))
     close(solved(settings, moment, keys, values), solved(settings, moment, keys, values, rows=DK + 1))
+
+
+@pytest.mark.parametrize("constraint", ["least_squares", "equality"])
+@pytest.mark.parametrize("count", [3, 30])
+def test_a_cholesky_factor_gives_what_an_eigendecomposition_gives(
+    constraint: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And takes its place: on keys of 16,384 numbers an eigendecomposition is hours of a CPU."""
+    keys, values, moment = problem(count)
+    settings = settings_of(constraint, moment_weight=7.0)
+    assert isinstance(penalty(settings, moment, "m"), Triangular)
+    found = solved(settings, moment, keys, values)
+    monkeypatch.setattr(constraints_module, "_by_cholesky", lambda settings, moment: None)
+    assert isinstance(penalty(settings, moment, "m"), Penalty)
+    close(found, solved(settings, moment, keys, values))
+
+
+@pytest.mark.parametrize("below", [-0.6, -0.9, -3.0])
+def test_energies_that_rounding_made_negative_count_as_none(below: float) -> None:
+    """Where they eat into the floor, or through it, the eigendecomposition tells them from the others."""
+    keys, values, moment = problem(5)
+    energies, vectors = torch.linalg.eigh(moment)
+    floor = FLOOR * float(energies.mean())
+    energies[0] = below * floor
+    rounded = vectors @ energies.diag() @ vectors.T
+    settings = settings_of("least_squares", moment_weight=7.0)
+    assert isinstance(penalty(settings, rounded, "m"), Penalty)
+    energies[0] = 0.0
+    close(
+        solved(settings, rounded, keys, values), solved(settings, vectors @ energies.diag() @ vectors.T, keys, values)
+    )
 
 
 def test_a_moment_that_is_singular_still_gives_a_shift() -> None:
