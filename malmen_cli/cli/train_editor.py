@@ -129,7 +129,10 @@ def train_editor(
     if trained is None:
         check_output(place, base_folder=folder, force=force or resuming or out is None)
     if dry_run:
-        _dry_run(console, loaded, order, place)
+        if trained is None:
+            _dry_run(console, loaded, order, place)
+        else:
+            console.document({"schema": 1, "output": str(trained.folder), "editor": trained.description})
         return
     if trained is None:
         with console.progress("training", training.steps) as bar:

@@ -181,7 +181,7 @@ def describe(base: Base, order: Order, trainer: Trainer, finished: Finished) -> 
         "scores": {
             "score": finished.validation.score,
             "saved": asdict(finished.validation),
-            "in_parts": {"parts": PARTS, "score": finished.in_parts.score, **asdict(finished.in_parts)},
+            "in_parts": {"parts": PARTS, "score": finished.in_parts.score, "mean": asdict(finished.in_parts)},
             "step_factor": finished.step_factor,
             "at": scores,
         },

@@ -279,6 +279,10 @@ def test_resume_after_the_end_has_nothing_left_to_do(malmen: Malmen, tiny_gpt2: 
     assert code(again) == 0
     assert json.loads(again.stdout) == json.loads(first.stdout)
     assert "nothing left to do" in again.stderr
+    asked = malmen(tiny_gpt2, "--resume", "--dry-run", "--json")
+    assert code(asked) == 0
+    assert json.loads(asked.stdout) == json.loads(first.stdout)
+    assert "would train" not in asked.stderr
     assert contents(tmp_path / "editor") == before
     assert code(malmen(tiny_gpt2)) == 6  # unless it is asked for
     assert code(malmen(tiny_gpt2, "--resume", "--seed", "7")) == 6  # another training
