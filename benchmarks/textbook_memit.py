@@ -67,7 +67,7 @@ def target(
             for row, p in enumerate(contexts)
         ]
         learned = torch.stack(losses).mean()
-        if float(learned) < settings.stop_loss or step == settings.steps:
+        if float(learned.detach()) < settings.stop_loss or step == settings.steps:
             break
         changed = kl_div(log_softmax(logits[-1, essence.n_prompt - 1], -1), said, reduction="sum", log_target=True)
         far = delta.square().sum() / hidden.square().sum()
