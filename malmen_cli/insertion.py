@@ -25,6 +25,7 @@ from malmen_cli.exceptions import OutputError
 from malmen_cli.facts.fact import Fact
 from malmen_cli.key_statistics import Text, gather_statistics
 
+SEARCH = 2  # counts the ways in which targets were looked for: another rounds otherwise
 TARGET_SETTINGS = ("steps", "lr", "clamp", "kl_factor", "decay", "stop_loss")  # that targets depend on
 
 
@@ -133,7 +134,12 @@ class TargetCache:
         # Not the weights alone decide what a model computes, nor malmen alone how it is asked.
         self._source: dict[str, object] = {"block": block_index(base.model, module), "config": shape}
         self._source |= {"dtype": str(base.dtype).removeprefix("torch."), "device": base.device.type}
-        self._source |= {"malmen": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        self._source |= {
+            "search": SEARCH,
+            "malmen": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
         self._source |= {name: getattr(settings, name) for name in TARGET_SETTINGS}
 
     def load(self, facts: Sequence[Wordings]) -> Targets | None:

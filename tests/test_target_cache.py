@@ -117,7 +117,7 @@ def test_what_is_kept_says_what_it_is_for_and_not_a_word_of_the_facts(base: Base
     shift_of(base, facts[:4])
     (folder,) = (cache_home() / "targets" / base.fingerprint).iterdir()
     source = read_sealed(folder / "targets.json")["source"]
-    where = {"block", "dtype", "device", "config", "malmen", "torch", "transformers", "facts"}
+    where = {"block", "dtype", "device", "config", "search", "malmen", "torch", "transformers", "facts"}
     assert set(source) == where | set(insertion.TARGET_SETTINGS)
     assert (source["block"], source["device"]) == (0, "cpu")
     assert all(len(source[name]) == 64 for name in ("facts", "config"))
@@ -153,7 +153,7 @@ def test_facts_of_one_subject_do_not_take_over_each_other_s_rounding(
 
     front = Runner(base, 1)
     wordings = insertion.encode_wordings(base, alike, settings)
-    monkeypatch.setattr(targets_module, "moved", lambda runner, block: kind)
+    monkeypatch.setattr(targets_module, "way_to_run", lambda runner, block, longest: kind)
     monkeypatch.setattr(Runner, "forward", counted)
     find_targets(front, 1, wordings, settings, batch_size=BATCH)
     assert [wordings[0].essence.ids[:-1] in batch for batch in batches] == [True] * 3

@@ -19,7 +19,7 @@ def halving(items: Sequence[Item], run: Callable[[Sequence[Item]], Result]) -> I
     try:
         result = run(items)
     except (RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         if len(items) == 1:
             reason = next(iter(str(error).splitlines()), "")
@@ -41,5 +41,6 @@ def chunked(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
         yield items[start : start + size]
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on a device or in the host."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _HOST_ALLOCATOR in str(error)

@@ -43,7 +43,7 @@ class Encoded:
 
     @property
     def key(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What the model sees of it: equal keys have equal states and logits."""
+        """What the model sees of it: equal keys have equal states and logits, at every token that both are run with."""
         return self.source, self.ids
 
     def answered(self, answer: Sequence[int]) -> Encoded:

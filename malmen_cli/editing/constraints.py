@@ -54,15 +54,14 @@ def penalty(settings: MemitSettings, moment: Tensor, name: str) -> Penalty | Tri
 
 
 def _by_cholesky(settings: MemitSettings, moment: Tensor) -> Triangular | None:
-    """The same penalty from a Cholesky factor. None where a pivot says that rounding has eaten into what FLOOR gives:
-    there energies below 0 have to be told from the others."""
+    """The same penalty from a Cholesky factor. None where rounding has made an energy so negative that it takes half of
+    what FLOOR gives or more: such energies have to be told from the others."""
     weighted = _weight(settings) * moment.double()
     floor = FLOOR * weighted.diagonal().mean()
     weighted.diagonal().add_(floor)
-    lower, failed = torch.linalg.cholesky_ex(weighted[None])
-    if bool(failed.any()) or not bool(lower[0].diagonal().square().min() >= floor / 2):
-        return None
-    return Triangular(floor[None], lower)
+    lower = torch.linalg.cholesky_ex(weighted[None])[0]
+    weighted.diagonal().sub_(floor / 2)  # positive definite exactly where every energy is above -floor / 2
+    return Triangular(floor[None], lower) if int(torch.linalg.cholesky_ex(weighted)[1]) == 0 else None
 
 
 def _weight(settings: MemitSettings) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from malmen_cli.base.batch import Batch
 from malmen_cli.base.families import Stack, stacks
-from malmen_cli.base.memory import chunked, halving
+from malmen_cli.base.memory import chunked, halving, out_of_memory
 from malmen_cli.base.model import Base, logits_at
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.base.spill import Spill
@@ -191,8 +191,8 @@ class Runner:
     def _padded(self, states: Sequence[Tensor], mask: Tensor) -> Tensor:
         # T5 keeps its residual stream in fp32 whatever the weights are in.
         padded = torch.zeros(*mask.shape, states[0].shape[-1], dtype=states[0].dtype, device=self.base.device)
-        for row, state in enumerate(states):
-            padded[row, : len(state)] = state
+        for row, state in enumerate(states):  # the same tokens with an answer are run without the last one
+            padded[row, : len(state)] = state[: mask.shape[1]]
         return padded
 
     @torch.no_grad()
@@ -288,7 +288,9 @@ class Runner:
             # Whatever a block hands to a later one beside its output is that of other tokens by now.
             self.full_logits(self.task.batch(others, self.base.device))
             replayed = self.forward(batch, range(self.first, len(self.blocks)), prefix).float()
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            if out_of_memory(error):
+                raise
             return False
         return agree(full, replayed, self.base.dtype)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from malmen_cli.base.batch import Batch
+from malmen_cli.base.memory import out_of_memory
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing.replay import Runner, agree
 
@@ -73,7 +74,7 @@ class Suffix:
         self.batch = batch
         self._starts = torch.tensor(starts, device=batch.ids.device)
         self._front = max(starts)
-        self._pairs = {i: tuple(t[:, :, : self._front] for t in pair) for i, pair in noted.pairs.items()}
+        self._pairs = {i: tuple(t[:, :, : self._front].clone() for t in noted.pairs[i]) for i in self._active}
         self._hidden = _from(seen[0].to(self._starts.device), self._starts, max(s.length for s in self._suffixes))
         self.states = self._hidden[:, 0].float()
 
@@ -86,17 +87,20 @@ class Suffix:
         options = {
             "past_key_values": _KeysAndValues(self._pairs, here, self._front),
             "attention_mask": _mask(starts, self._front, length, self._runner.base.dtype),
-            "position_ids": starts[:, None] + torch.arange(length, device=added.device),
+            "position_ids": starts[:, None] + (batch.mask.cumsum(-1) - 1).clamp(min=0),
         }
         return self._runner.forward(batch, self._active, (hidden,), options=options), batch
 
 
-def moved(runner: Runner, block: int) -> Callable[[Runner, int, Sequence[Encoded]], Moved]:
-    """`Suffix` for a model that it gives the logits of whole sequences on, tried out on a few tokens; else `Whole`."""
+def way_to_run(runner: Runner, block: int, longest: int) -> Callable[[Runner, int, Sequence[Encoded]], Moved]:
+    """`Suffix` for a model that it gives the logits of whole sequences on, tried out on a few of up to `longest`
+    tokens; else `Whole`, as for one that sees no further back than a window that these are longer than."""
     if block + 1 >= len(runner.blocks):
         return Whole
-    tokens = [(7 * i + 3) % min(runner.model.get_input_embeddings().num_embeddings, 1000) for i in range(12)]
-    trials = [replace(runner.task.trial(tokens[a:b]), n_prompt=b - a - 2, subject=s) for a, b, s in _TRIALS]
+    vocabulary = min(runner.model.get_input_embeddings().num_embeddings, 1000)
+    tokens = [(7 * i + 3) % vocabulary for i in range(max(12, longest))]
+    spans = (*_TRIALS, (0, longest, longest // 2)) if longest > 12 else _TRIALS
+    trials = [replace(runner.task.trial(tokens[a:b]), n_prompt=b - a - 2, subject=s) for a, b, s in spans]
     whole = Whole(runner, block, trials)
     for sign in (0, 1):
         added = sign * whole.states.flip(0)  # states of the size that there are
@@ -104,7 +108,9 @@ def moved(runner: Runner, block: int) -> Callable[[Runner, int, Sequence[Encoded
             wanted = whole.run(range(len(trials)), added)[0]
             try:
                 found = Suffix(runner, block, trials).run(range(len(trials)), added)[0]
-            except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+            except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+                if out_of_memory(error):
+                    raise
                 return Whole
         if wanted.shape != found.shape or not agree(wanted, found, runner.base.dtype):
             return Whole
@@ -115,7 +121,10 @@ _TRIALS = ((0, 12, 4), (3, 10, 1), (1, 7, 0), (2, 11, 6))  # first and last toke
 
 
 class _KeysAndValues(DynamicCache):  # type: ignore[misc]
-    """Notes the keys and values of every block; or puts the `rows` of those noted in front of theirs."""
+    """Notes the keys and values of every block; or puts the `rows` of those noted in front of theirs.
+
+    A block that none were noted of runs for what else it hands on (see Runner): nobody looks at its output.
+    """
 
     def __init__(
         self, front: dict[int, tuple[Tensor, ...]] | None = None, rows: Tensor | None = None, tokens: int = 0
@@ -130,8 +139,11 @@ class _KeysAndValues(DynamicCache):  # type: ignore[misc]
         if self._before is None:
             self.pairs[layer_idx] = key_states.detach(), value_states.detach()
             return key_states, value_states
-        assert self._rows is not None
-        keys, values = (kept[self._rows.to(kept.device)] for kept in self._before[layer_idx])
+        if layer_idx not in self._before:
+            keys, values = (t.new_zeros(*t.shape[:2], self._tokens, t.shape[3]) for t in (key_states, value_states))
+        else:
+            assert self._rows is not None
+            keys, values = (kept[self._rows.to(kept.device)] for kept in self._before[layer_idx])
         return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:

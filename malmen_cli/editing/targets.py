@@ -23,7 +23,7 @@ from malmen_cli.base.prompts import Encoded, by_length, encode, encode_prompt, s
 from malmen_cli.editing.capture import fact_losses
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import MemitSettings
-from malmen_cli.editing.suffix import Moved, moved
+from malmen_cli.editing.suffix import Moved, way_to_run
 from malmen_cli.exceptions import FactNumericsError, FactsError, Problem
 
 ESSENCE = "{} is a"  # what the subject is must not change while the fact does; the papers' prompt
@@ -133,7 +133,8 @@ def find_targets(
     longest = [max(len(s.ids) - (s.subject or 0) for s in facts[i].sequences) for i in own]  # of what runs again
     size = max(1, batch_size // max((len(fact.sequences) for fact in facts), default=1))
     parts: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
-    run_with = moved(runner, block)
+    every = max((len(s.ids) for fact in facts for s in fact.sequences), default=0)
+    run_with = way_to_run(runner, block, every)
 
     def run(indices: Sequence[int]) -> list[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
         chunk = [facts[i] for i in indices]

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from malmen_cli.base import ranks
-from malmen_cli.base.memory import chunked
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.base.sampling import own_probes
 from malmen_cli.editing.capture import edit_rows
@@ -69,12 +68,13 @@ class Best:
 @dataclass(frozen=True)
 class Finished:
     """The best editor as it is saved, the factor chosen for its steps, and the validation of exactly that: on all facts
-    at once, and in PARTS parts."""
+    at once, and in `parts` parts."""
 
     state: dict[str, Tensor]
     step_factor: float
     validation: Validation
     in_parts: Validation
+    parts: int
 
 
 class Trainer:
@@ -102,7 +102,7 @@ class Trainer:
         self.optimizer = self._optimizer()
         self.cohorts = cohorts(self.train, min(COHORT, settings.meta_facts, *settings.facts_per_step), seed)
         self.references = References(runner, settings.continuation, batch_size)
-        own = not all(any(e.probes for e in group) for group in (*self.cohorts, self.valid))
+        own = not all(any(e.probes for e in group) for group in (*self.cohorts, *self._parts(PARTS)))
         self._own_probes = own_probes(runner.base, seed) if own else []
         self.references.keep_company(self._own_probes)
         for group in (*self.cohorts, *cohorts(self.valid, batch_size, seed)):
@@ -158,9 +158,13 @@ class Trainer:
 
     def validate(self, parts: int = 1) -> Validation:
         """Scores with the present editor: of one edit of all validation facts, or the mean over edits of that many
-        parts of them."""
-        size = max(1, -(-len(self.valid) // parts))
-        return Validation.mean([self._validate(part) for part in chunked(self.valid, size)])
+        parts of them, each by itself."""
+        return Validation.mean([self._validate(part) for part in self._parts(parts)])
+
+    def _parts(self, parts: int) -> list[Sequence[Example]]:
+        """The validation facts in so many parts that differ by one fact at most; in fewer where there are fewer."""
+        count, parts = len(self.valid), max(1, min(parts, len(self.valid)))
+        return [self.valid[i * count // parts : (i + 1) * count // parts] for i in range(parts)]
 
     def _validate(self, examples: Sequence[Example]) -> Validation:
         references = self.references.of([p for e in examples for p in e.probes[:1]] or self._own_probes)
@@ -194,7 +198,7 @@ class Trainer:
 
         best, found = climb(judge, MOST_RATIOS)
         factor = scale(best)
-        return Finished(compact(self.editor.state()), factor, found.whole, found.parts)
+        return Finished(compact(self.editor.state()), factor, found.whole, found.parts, len(self._parts(PARTS)))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything `restore` needs: tensors, and plain data."""

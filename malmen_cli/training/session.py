@@ -30,7 +30,7 @@ from malmen_cli.facts.fact import Fact
 from malmen_cli.facts.files import facts_sha256
 from malmen_cli.training.calibration import Calibration
 from malmen_cli.training.facts import encode_examples
-from malmen_cli.training.loop import PARTS, Finished, Progress, Trainer
+from malmen_cli.training.loop import Finished, Progress, Trainer
 from malmen_cli.training.settings import TrainingSettings
 
 _OF_THE_FOLDER = ("format", "files", "tensors", "schema")  # what `editor.json` says beside what `describe` gives
@@ -181,7 +181,7 @@ def describe(base: Base, order: Order, trainer: Trainer, finished: Finished) -> 
         "scores": {
             "score": finished.validation.score,
             "saved": asdict(finished.validation),
-            "in_parts": {"parts": PARTS, "score": finished.in_parts.score, "mean": asdict(finished.in_parts)},
+            "in_parts": {"parts": finished.parts, "score": finished.in_parts.score, "mean": asdict(finished.in_parts)},
             "step_factor": finished.step_factor,
             "at": scores,
         },

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import malmen_cli.editing.replay as replay_module
 from malmen_cli.base.batch import Batch, make_batch
 from malmen_cli.base.families import default_modules
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded
+from malmen_cli.editing.blocks import SHORT
 from malmen_cli.editing.capture import edit_rows
 from malmen_cli.editing.replay import Runner
 
@@ -480,3 +482,67 @@ def test_the_head_computes_the_wanted_rows_only(load: Callable) -> None:
 def test_a_batch_is_plain_data() -> None:
     one = torch.zeros(1, dtype=torch.long)
     assert Batch(one[None], one[None], one, one, one).owners is one
+
+
+# ---------------------------------------------------------------- how it attends
+
+
+def attending(runner: Runner, tokens: int) -> str:
+    """How the model attends in a forward of so many tokens."""
+    seen: list[str] = []
+    handle = runner.blocks[0].register_forward_hook(lambda *_: seen.append(runner.model.config._attn_implementation))
+    try:
+        runner.logits([Encoded(tuple(range(2, 3 + tokens)), tokens - 1)])  # the last token is not run
+    finally:
+        handle.remove()
+    return seen[-1]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+def test_short_texts_with_gradients_attend_written_out(load: Callable, family: str) -> None:
+    runner = Runner(load(family))
+    assert runner.model.config._attn_implementation == "sdpa"
+    with torch.enable_grad():
+        assert [attending(runner, tokens) for tokens in (5, SHORT, SHORT + 1)] == ["eager", "eager", "sdpa"]
+    with torch.no_grad():
+        assert attending(runner, 5) == "sdpa"
+    assert runner.model.config._attn_implementation == "sdpa"
+
+
+def test_how_it_attends_survives_a_forward_that_fails(load: Callable) -> None:
+    runner = Runner(load("llama"))
+    handle = runner.blocks[1].register_forward_hook(lambda *_: 1 / 0)
+    with torch.enable_grad(), pytest.raises(ZeroDivisionError):
+        runner.logits([SEQUENCES[0]])
+    handle.remove()
+    assert runner.model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_cannot_be_told_is_not_told(load: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would warn at every forward."""
+    runner = Runner(load("llama"))
+    monkeypatch.setattr(type(runner.model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    monkeypatch.setattr(runner.model, "set_attn_implementation", lambda name: 1 / 0)
+    with torch.enable_grad():
+        assert attending(runner, 5) == "sdpa"
+
+
+def test_written_out_the_gradients_are_the_same(load: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, names = Runner(load("llama", layers=4)), ["model.layers.1.mlp.down_proj", "model.layers.3.mlp.down_proj"]
+    found = []
+    for short in (SHORT, 0):
+        monkeypatch.setattr(replay_module, "SHORT", short)
+        found.append(list(edit_rows(runner, SEQUENCES, names, 3, "answer")))
+    for mine, theirs in zip(*found, strict=True):
+        for name in names:
+            torch.testing.assert_close(mine.gradients[name], theirs.gradients[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_state_kept_of_a_whole_sequence_serves_it_with_an_answer(load: Callable) -> None:
+    """The same tokens asked about without an answer are run to the last one; with an answer, but for that."""
+    runner = Runner(load("llama", layers=4), 2)
+    ids = tuple(range(5, 14))
+    with torch.no_grad():
+        wanted = plain_logits(runner.model, Encoded(ids, 7))
+        runner.logits([Encoded(ids, 9)])
+        torch.testing.assert_close(runner.logits([Encoded(ids, 7)])[0], wanted, rtol=1e-4, atol=1e-5)

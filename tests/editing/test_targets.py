@@ -141,7 +141,7 @@ def test_a_fact_that_is_done_stops_changing_and_leaves_the_batch(load: Load, mon
 def test_the_blocks_in_front_run_once_for_a_chunk(load: Load, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind them there are two runs a step, of the contexts and of what the subject is; none but the first where the
     states behind the block in question are all that is needed of it."""
-    monkeypatch.setattr(targets_module, "moved", lambda runner, block: kind)
+    monkeypatch.setattr(targets_module, "way_to_run", lambda runner, block, longest: kind)
     base = load("llama", layers=4)
     runs: dict[int, int] = {0: 0, 2: 0, 3: 0}
     runner = Runner(base, 2)
@@ -172,7 +172,7 @@ def test_from_the_subject_on_or_whole_the_targets_are_the_same(
     settings = replace(SETTINGS, steps=25, stop_loss=stop)
     found = []
     for kind in (Suffix, Whole):
-        monkeypatch.setattr(targets_module, "moved", lambda runner, block, kind=kind: kind)
+        monkeypatch.setattr(targets_module, "way_to_run", lambda runner, block, longest, kind=kind: kind)
         found.append(find_targets(Runner(base, 1), 1, facts, settings, batch_size=64))
     for mine, theirs in zip(*((t.deltas, t.states, t.losses) for t in found), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

@@ -428,22 +428,30 @@ def test_finish_takes_the_best_factor_on_the_best_editor_s_steps(
     assert trainer.method.editor is trainer.editor
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4, 99])
+@pytest.mark.parametrize(
+    ("count", "parts", "sizes"),
+    [(8, 1, [8]), (8, 4, [2, 2, 2, 2]), (9, 4, [2, 2, 2, 3]), (6, 4, [1, 2, 1, 2]), (3, 99, [1, 1, 1])],
+)
 def test_parts_are_edited_each_by_itself(
-    make_trainer: MakeTrainer, make_facts: MakeFacts, monkeypatch: pytest.MonkeyPatch, parts: int
+    make_trainer: MakeTrainer,
+    make_facts: MakeFacts,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    parts: int,
+    sizes: list[int],
 ) -> None:
-    facts = make_facts(30)
-    trainer = make_trainer(facts[:22], facts[22:], valid_facts=8)
+    facts = make_facts(22 + count)
+    trainer = make_trainer(facts[:22], facts[22:], valid_facts=count)
     trainer.prepare()
     edited: list[list[Encoded]] = []
     true = trainer._edit
     monkeypatch.setattr(trainer, "_edit", lambda edits: (edited.append(list(edits)), true(edits))[1])
     found = trainer.validate(parts)
-    assert [len(edits) for edits in edited] == [8 // min(parts, 8)] * min(parts, 8)
+    assert [len(edits) for edits in edited] == sizes
     assert [edit for edits in edited for edit in edits] == [example.edit for example in trainer.valid]
-    kept, alone = trainer.valid, []
-    for start in range(0, 8, len(edited[0])):
-        trainer.valid = kept[start : start + len(edited[0])]
+    kept, alone = list(trainer.valid), []
+    for size in sizes:
+        trainer.valid, kept = kept[:size], kept[size:]
         alone.append(trainer.validate())
     for name, share in asdict(found).items():
         assert share == pytest.approx(sum(getattr(one, name) for one in alone) / len(alone)), name
