@@ -94,19 +94,21 @@ class Runner:
             self._company |= {member.key: company for member in company}
 
     def logits(
-        self, sequences: Sequence[Encoded], *, keep: bool = True, behind: Behind | None = None
+        self, sequences: Sequence[Encoded], *, keep: bool = True, behind: Behind | None = None, until: int | None = None
     ) -> tuple[Tensor, Batch]:
         """Logits (n, vocabulary) at the answer positions of a batch, and the batch.
 
         keep: whether the prefix states of these sequences are worth keeping for a later run. behind: the number of a
         block, `first` or a later one, and a function from the hidden states (B, T, width) that it hands on to those
-        that it should.
+        that it should. until: the last block that is run, where what comes behind it is not asked for: the logits are
+        then of no use.
         """
+        end = len(self.blocks) if until is None else until + 1
         batch = self.task.batch(sequences, self.base.device)
         if not self.replaying:
-            return self.forward(batch, range(len(self.blocks)), None, behind=behind), batch
+            return self.forward(batch, range(end), None, behind=behind), batch
         prefix = self._prefix(sequences, batch, keep)
-        return self.forward(batch, range(self.first, len(self.blocks)), prefix, behind=behind), batch
+        return self.forward(batch, range(self.first, end), prefix, behind=behind), batch
 
     def by_stack(self, names: Sequence[str]) -> list[tuple[str, list[str]]]:
         """What each stack with any of the modules `names` reads, and which of them it holds."""

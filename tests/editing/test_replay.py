@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import malmen_cli.editing.replay as replay_module
 from malmen_cli.base.batch import Batch, make_batch
-from malmen_cli.base.families import default_modules
+from malmen_cli.base.families import default_modules, second_matrix, stacks
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing.blocks import SHORT
@@ -36,6 +36,12 @@ def count_runs(module: nn.Module) -> list[int]:
     sizes: list[int] = []
     module.register_forward_hook(lambda module, args, output: sizes.append(args[0].shape[0]))
     return sizes
+
+
+def block_leaf(runner: Runner, index: int) -> nn.Module:
+    """The second MLP matrix of a block."""
+    (stack,) = stacks(runner.model)
+    return runner.model.get_submodule(second_matrix(runner.model, stack, index))
 
 
 def gemma2(layers: int = 4, cap: float = 0.7) -> Base:
@@ -546,3 +552,22 @@ def test_a_state_kept_of_a_whole_sequence_serves_it_with_an_answer(load: Callabl
         wanted = plain_logits(runner.model, Encoded(ids, 7))
         runner.logits([Encoded(ids, 9)])
         torch.testing.assert_close(runner.logits([Encoded(ids, 7)])[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("first", [0, 1])
+def test_behind_the_last_block_asked_for_none_is_run(load: Callable, family: str, first: int) -> None:
+    runner = Runner(load(family, layers=4), first)
+    leaves = [block_leaf(runner, index) for index in range(4)]
+    seen: list[Tensor] = []
+
+    def look(states: Tensor) -> Tensor:
+        seen.append(states)
+        return states
+
+    with torch.no_grad():
+        runner.logits(SEQUENCES, behind=(2, look))
+        runs = [count_runs(leaf) for leaf in leaves]
+        runner.logits(SEQUENCES, behind=(2, look), until=2)
+    assert torch.equal(*seen)
+    assert [len(sizes) for sizes in runs][first:] == [1, 1, 1, 0][first:]

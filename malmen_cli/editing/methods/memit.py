@@ -165,7 +165,8 @@ def _keys(
     """Of some facts at a time, in order: their numbers (n,), the keys of module `name` at their subjects (n, dk), mean
     over contexts (as in the paper), and the hidden states (n, width) behind `block` there in the first context; fp32.
 
-    Read on the model as it stands. What follows a subject does not matter to it and is left out.
+    Read on the model as it stands. What follows a subject does not matter to it and is left out, and so are the blocks
+    behind.
     """
     cut = [[_until_subject(context) for context in fact.contexts] for fact in facts]
     size = max(1, batch_size // max(map(len, cut), default=1))
@@ -180,7 +181,7 @@ def _keys(
             return states
 
         with watching(runner.model, [name], gradients=False) as (inputs, _):
-            batch = runner.logits(sequences, behind=(block, look))[1]
+            batch = runner.logits(sequences, behind=(block, look), until=block)[1]
         lines = torch.arange(len(sequences), device=counts.device)
         # The one answer position of such a sequence is its last real token, the subject's.
         at_subject = inputs[name].reshape(*batch.ids.shape, -1).to(lines.device)[lines, batch.columns].float()
