@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from malmen_cli.base.families import block_index, stacks
-from malmen_cli.base.model import Base
+from malmen_cli.base.model import Base, load_base
 from malmen_cli.edit import Ready, Tuning, make_shift
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.replay import Runner
@@ -48,7 +48,7 @@ CLAIMS = [
 # fp32 sums in another order, and the lazy device's fused operations; through several steps.
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}
 
-Load = Callable[..., Base]
+Factory = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -85,13 +85,14 @@ def spread(base: Base, device: str) -> Base:
     return base
 
 
-def pair(load: Load, family: str, lazy: str) -> tuple[Base, Base, list[Fact]]:
-    """The same base on one device and on two, and facts for it."""
-    alone, apart = load(family, layers=4), spread(load(family, layers=4), lazy)
+def pair(factory: Factory, family: str, lazy: str) -> tuple[Base, Base, list[Fact]]:
+    """The same base on one device and on two, and facts for it. Loaded here, as nobody else may get the second one."""
+    folder = str(factory(family, layers=4))
+    alone, apart = load_base(folder, device="cpu"), spread(load_base(folder, device="cpu"), lazy)
     for base in (alone, apart):
         base.model.set_attn_implementation("eager")  # the lazy device cannot do PyTorch's fused one
-    places = {parameter.device.type for parameter in apart.model.parameters()}
-    assert places == {"cpu", "lazy"}
+    places = [{parameter.device.type for parameter in base.model.parameters()} for base in (alone, apart)]
+    assert places == [{"cpu"}, {"cpu", "lazy"}]
     assert apart.device.type == "cpu"
     return alone, apart, CLAIMS if alone.task.kind == "classifier" else FACTS
 
@@ -110,8 +111,10 @@ def test_the_two_devices_do_not_mix(lazy: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_untrained_editor_is_calibrated_and_makes_the_same_shift(load: Load, family: str, lazy: str) -> None:
-    alone, apart, facts = pair(load, family, lazy)
+def test_an_untrained_editor_is_calibrated_and_makes_the_same_shift(
+    tiny_model_factory: Factory, family: str, lazy: str
+) -> None:
+    alone, apart, facts = pair(tiny_model_factory, family, lazy)
     shifts = []
     for base in (alone, apart):
         blocks = len(stacks(base.model)[-1].blocks)
@@ -123,8 +126,8 @@ def test_an_untrained_editor_is_calibrated_and_makes_the_same_shift(load: Load, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_before_and_after_an_edit(load: Load, family: str, lazy: str) -> None:
-    alone, apart, facts = pair(load, family, lazy)
+def test_answers_before_and_after_an_edit(tiny_model_factory: Factory, family: str, lazy: str) -> None:
+    alone, apart, facts = pair(tiny_model_factory, family, lazy)
     facts, answers = facts[:2], []
     for base in (alone, apart):
         tuned = Tuning(FinetuneSettings(epochs=1, batch_facts=4, lr=0.01))
@@ -144,8 +147,8 @@ def test_answers_before_and_after_an_edit(load: Load, family: str, lazy: str) ->
             assert other.logprobs == pytest.approx(one.logprobs, rel=1e-3, abs=1e-4)
 
 
-def test_memit(load: Load, lazy: str, tmp_path: Path) -> None:
-    alone, apart, facts = pair(load, "llama", lazy)
+def test_memit(tiny_model_factory: Factory, lazy: str, tmp_path: Path) -> None:
+    alone, apart, facts = pair(tiny_model_factory, "llama", lazy)
     text, shifts = tmp_path / "text.txt", []
     text.write_text("The capital of Sweden is where Hamlet was written by Bill Gates. " * 3)
     for base in (alone, apart):
@@ -156,8 +159,8 @@ def test_memit(load: Load, lazy: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training(load: Load, family: str, lazy: str) -> None:
-    alone, apart, facts = pair(load, family, lazy)
+def test_training(tiny_model_factory: Factory, family: str, lazy: str) -> None:
+    alone, apart, facts = pair(tiny_model_factory, family, lazy)
     states = []
     for base in (alone, apart):
         settings = MalmenSettings(last_blocks=3, rank=8, preserved_rank=8)
