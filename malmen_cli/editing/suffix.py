@@ -21,6 +21,8 @@ from malmen_cli.base.memory import out_of_memory
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing.replay import Runner, agree
 
+_TRIALS = ((0, 12, 4), (3, 10, 1), (1, 7, 0), (2, 11, 6))  # of trial tokens: the first, behind the last, the subject
+
 
 class Moved(Protocol):
     """Sequences whose `subject` token has a vector added to its hidden state behind one block.
@@ -101,23 +103,19 @@ def way_to_run(runner: Runner, block: int, longest: int) -> Callable[[Runner, in
     tokens = [(7 * i + 3) % vocabulary for i in range(max(12, longest))]
     spans = (*_TRIALS, (0, longest, longest // 2)) if longest > 12 else _TRIALS
     trials = [replace(runner.task.trial(tokens[a:b]), n_prompt=b - a - 2, subject=s) for a, b, s in spans]
-    whole = Whole(runner, block, trials)
-    for sign in (0, 1):
-        added = sign * whole.states.flip(0)  # states of the size that there are
-        with torch.no_grad():
-            wanted = whole.run(range(len(trials)), added)[0]
-            try:
-                found = Suffix(runner, block, trials).run(range(len(trials)), added)[0]
-            except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-                if out_of_memory(error):
-                    raise
-                return Whole
-        if wanted.shape != found.shape or not agree(wanted, found, runner.base.dtype):
+    whole, rows = Whole(runner, block, trials), range(len(trials))
+    with torch.no_grad():
+        added = whole.states.flip(0)  # of the size that states have
+        wanted = [whole.logits, whole.run(rows, torch.zeros_like(added))[0], whole.run(rows, added)[0]]
+        try:
+            suffix = Suffix(runner, block, trials)
+            found = [suffix.logits, suffix.run(rows, torch.zeros_like(added))[0], suffix.run(rows, added)[0]]
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            if out_of_memory(error):
+                raise
             return Whole
-    return Suffix
-
-
-_TRIALS = ((0, 12, 4), (3, 10, 1), (1, 7, 0), (2, 11, 6))  # first and last token, subject
+    same = (a.shape == b.shape and agree(a, b, runner.base.dtype) for a, b in zip(wanted, found, strict=True))
+    return Suffix if all(same) else Whole
 
 
 class _KeysAndValues(DynamicCache):  # type: ignore[misc]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -133,14 +134,15 @@ def find_targets(
     longest = [max(len(s.ids) - (s.subject or 0) for s in facts[i].sequences) for i in own]  # of what runs again
     size = max(1, batch_size // max((len(fact.sequences) for fact in facts), default=1))
     parts: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
-    every = max((len(s.ids) for fact in facts for s in fact.sequences), default=0)
-    run_with = way_to_run(runner, block, every)
+    # Told by a chunk's own tokens, so that no bit of it depends on other chunks; and only where one is run.
+    way = cache(partial(way_to_run, runner, block))
 
     def run(indices: Sequence[int]) -> list[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
         chunk = [facts[i] for i in indices]
         found = kept.load(chunk) if kept is not None else None
         if found is None:
-            found = _chunk(runner, block, chunk, indices, settings, run_with)
+            tokens = max(len(sequence.ids) for fact in chunk for sequence in fact.sequences)
+            found = _chunk(runner, block, chunk, indices, settings, way(tokens))
             if kept is not None and (several or ranks.first()):
                 kept.save(chunk, found)
         if progress is not None:

@@ -179,6 +179,22 @@ def test_from_the_subject_on_or_whole_the_targets_are_the_same(
     assert torch.equal(found[0].steps, found[1].steps)
 
 
+def test_how_a_chunk_is_run_is_told_by_its_own_tokens(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by those of other chunks: targets that are kept would else have other bits than those found anew."""
+    asked: list[int] = []
+
+    def way(runner: Runner, block: int, longest: int) -> type:
+        asked.append(longest)
+        return Suffix
+
+    monkeypatch.setattr(targets_module, "way_to_run", way)
+    base = load("llama", layers=4)
+    facts = wordings(base, ())
+    find_targets(Runner(base, 1), 1, facts, replace(SETTINGS, steps=1), batch_size=2)
+    assert sorted(asked) == sorted({max(len(s.ids) for s in fact.sequences) for fact in facts})
+    assert len(asked) > 1
+
+
 @pytest.mark.parametrize("clamp", [0.05, 0.5])
 def test_the_clamp_holds(load: Load, clamp: float) -> None:
     base = load("llama", layers=4)
