@@ -266,7 +266,7 @@ class Trainer:
         sane = ranks.all_say(math.isfinite(loss.total(1.0)) and bool(torch.isfinite(norm)))
         if sane:
             for rates in self.optimizer.param_groups:
-                rates["lr"] = rates["peak"] * self._schedule()
+                rates["lr"] = rates["peak"] * self.settings.schedule(self.step)
             self.optimizer.step()
             ranks.same(*(parameter.data for parameter in editor.parameters()))
         return loss, sane
@@ -283,11 +283,6 @@ class Trainer:
             self.runner.keep_company([e.rephrases[place] for e in group if place < len(e.rephrases)], self.batch_size)
         for place in range(max(len(example.probes) for example in group)):
             self.references.keep_company([e.probes[place] for e in group if place < len(e.probes)])
-
-    def _schedule(self) -> float:
-        """Linear warm-up, then a cosine to a tenth."""
-        warm = min(1.0, (self.step + 1) / max(self.settings.warmup, 1))
-        return warm * (0.55 + 0.45 * math.cos(math.pi * self.step / max(self.settings.steps, 1)))
 
     def _optimizer(self) -> torch.optim.Adam:
         scales: list[torch.nn.Parameter] = []

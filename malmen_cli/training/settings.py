@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from malmen_cli.editing.settings import above_zero, at_least
@@ -46,3 +47,8 @@ class TrainingSettings:
             raise SpecError(f"facts_per_step: one or two sizes of at least 1, not {list(self.facts_per_step)}")
         if self.valid_fraction >= 1:
             raise SpecError(f"valid_fraction: must be below 1, not {self.valid_fraction}")
+
+    def schedule(self, step: int) -> float:
+        """The share of its rates that `step` (from 0) learns at: a linear warm-up, then a cosine to a tenth."""
+        warm = min(1.0, (step + 1) / max(self.warmup, 1))
+        return warm * (0.55 + 0.45 * math.cos(math.pi * step / max(self.steps, 1)))

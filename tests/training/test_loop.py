@@ -153,13 +153,9 @@ def test_validation_is_of_the_first_valid_facts(make_trainer: MakeTrainer, make_
 
 
 def test_the_schedule_warms_up_and_falls_to_a_tenth(trainer: Trainer) -> None:
-    rates = []
-    for trainer.step in range(6):
-        rates.append(trainer._schedule())
+    rates = [trainer.settings.schedule(step) for step in range(7)]
     assert rates[0] == pytest.approx(0.5)  # of two steps of warm-up
-    assert rates[1] > rates[2] > rates[5] > 0.1
-    trainer.step = 6
-    assert trainer._schedule() == pytest.approx(0.1)
+    assert rates[1] > rates[2] > rates[5] > rates[6] == pytest.approx(0.1)
 
 
 def test_scales_learn_at_their_own_rate(trainer: Trainer) -> None:
