@@ -108,7 +108,7 @@ def score(
         shift, _ = read_delta(folder, fingerprint=base.fingerprint)  # refused before anything long is run
     before = ask(base, "the base")
     if shift is not None:
-        with applied(base.model, shift):
+        with applied(base.model, shift, stored=base.stored):
             after = ask(base, "the edited model")
     elif folder == base_folder:
         after = before  # one model on both sides: its answers are the same

@@ -58,7 +58,7 @@ def largest(base: Base, shift: Shift) -> tuple[str, float]:
 def residuals(base: Base, shift: Shift, facts: Sequence[Fact], batch_size: int) -> list[float]:
     """What the edited model has still to learn of each fact: nats a target token."""
     edits = [base.task.encode(fact.prompt, fact.target, room=base.room) for fact in facts]
-    with applied(base.model, shift):
+    with applied(base.model, shift, stored=base.stored):
         return losses_of(Runner(base), edits, batch_size)
 
 

@@ -16,11 +16,10 @@ from malmen_cli.artifact.output import check_output, plan_bytes
 from malmen_cli.artifact.placing import MARKS
 from malmen_cli.artifact.staged import StagedFile
 from malmen_cli.artifact.tensors import raw_bytes
-from malmen_cli.base.weights import INDEX_FILE, TensorEntry, read_index, read_tensor, rooms
+from malmen_cli.base.weights import EDITABLE, INDEX_FILE, TensorEntry, read_index, read_tensor, rooms
 from malmen_cli.editing.shift import IN_OUT, ModuleShift, Shift
 from malmen_cli.exceptions import CheckpointError, NumericsError
 
-EDITABLE = ("F64", "F32", "F16", "BF16")
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "vocab*", "LICENSE*", "NOTICE*")
 CODE_AND_WEIGHTS = (
     "*.py",

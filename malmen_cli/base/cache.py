@@ -37,18 +37,27 @@ def cached_digest(files: Iterable[Path], compute: Callable[[], str]) -> str:
     """`compute()`, remembered for as long as none of `files` changes path, size, times or inode."""
     watched = sorted({file.resolve() for file in files})
     key, youngest = _stamp(watched)
-    kept = cache_home() / "fingerprints" / key
-    try:
-        text = kept.read_text(encoding="ascii")
-    except (OSError, ValueError):
-        text = ""
+    text = remembered("fingerprints", key)
     if HEX_DIGEST.fullmatch(text):
         return text
     digest = compute()
     if time.time() - youngest > RACY_SECONDS and _stamp(watched)[0] == key:
-        with contextlib.suppress(OutputError):  # a read-only or full cache is no error
-            write_file(kept, digest.encode("ascii"))
+        remember("fingerprints", key, digest)
     return digest
+
+
+def remembered(kind: str, key: str) -> str:
+    """What the cache's folder `kind` has under `key`, which may be anything; empty where it has nothing."""
+    try:
+        return (cache_home() / kind / key).read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return ""
+
+
+def remember(kind: str, key: str, text: str) -> None:
+    """Put ASCII `text` there. A read-only or full cache is no error."""
+    with contextlib.suppress(OutputError):
+        write_file(cache_home() / kind / key, text.encode("ascii"))
 
 
 def _stamp(files: Iterable[Path]) -> tuple[str, float]:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from malmen_cli.base import ranks
 from malmen_cli.base.families import CLASSIFIER, kind_of
 from malmen_cli.base.locate import locate
+from malmen_cli.base.precision import faster_on_cpu
 from malmen_cli.base.tasks import Task, task_of
-from malmen_cli.base.weights import fingerprint
+from malmen_cli.base.weights import fingerprint, stored_dtype
 from malmen_cli.exceptions import CheckpointError
 
 ALL = "all"  # --device: one model over all CUDA devices, whole blocks on each, placed by accelerate
@@ -43,6 +44,7 @@ class Base:
     fingerprint: str
     model: Any
     tokenizer: Any
+    stored: torch.dtype | None = None  # in which the checkpoint has its weights, whatever they are computed in
 
     @property
     def device(self) -> torch.device:
@@ -125,12 +127,14 @@ def load_base(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    note: Callable[[str], None] | None = None,
 ) -> Base:
     """Load a hub id, folder, `.gguf` file or built-in alias as what its config says it is: a causal language model, an
     encoder-decoder, or a sequence classifier.
 
-    device: `auto`, a torch device, or `all` for one model over all CUDA devices. dtype: `auto` keeps the checkpoint's,
-    else a torch dtype's name. Raises CheckpointError.
+    device: `auto`, a torch device, or `all` for one model over all CUDA devices. dtype: a torch dtype's name, or
+    `auto`, which keeps the checkpoint's unless that is a half in which this CPU is slow (see precision.py); `note` is
+    then told. Raises CheckpointError.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -163,8 +167,14 @@ def load_base(
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise CheckpointError(f"{name}: its tokenizer has no tokens; copy the tokenizer's files into the folder")
     _refuse_offloaded(name, model)
+    if dtype == "auto" and place is not None and place.type == "cpu":
+        faster = faster_on_cpu(model.dtype, model.num_parameters())
+        if faster != model.dtype and note is not None:
+            half = str(model.dtype).removeprefix("torch.")
+            note(f"computed in float32, as this CPU is slow in the checkpoint's type; --dtype {half} keeps that")
+        model = model.to(faster)
     model = (model if place is None else model.to(place)).eval().requires_grad_(False)
-    return Base(name, found.folder, found.revision, identity, model, tokenizer)
+    return Base(name, found.folder, found.revision, identity, model, tokenizer, stored_dtype(found.folder))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from io import BufferedReader
 from pathlib import Path
@@ -20,7 +21,16 @@ from malmen_cli.exceptions import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "TensorEntry", "fingerprint", "is_plain", "read_index", "read_tensor"]
+__all__ = [
+    "INDEX_FILE",
+    "SINGLE_FILE",
+    "TensorEntry",
+    "fingerprint",
+    "is_plain",
+    "read_index",
+    "read_tensor",
+    "stored_dtype",
+]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -29,6 +39,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 LONGEST_NAME = 255  # of a file, on the file systems there are
 MAX_INDEX_BYTES = 256 * 1024**2
 CHUNK_BYTES = 8 * 1024**2
+EDITABLE = ("F64", "F32", "F16", "BF16")
 
 TORCH_NAMES = {
     "BOOL": "bool",
@@ -195,6 +206,19 @@ def _digest(entries: Iterable[TensorEntry]) -> str:
                 _fill(part, stream, start, entry)
                 digest.update(part)
     return digest.hexdigest()
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The torch dtype that most bytes of the checkpoint's matrices are in, of those that weights are edited in (16 bits
+    and more); None where there is no such matrix. Raises CheckpointError.
+    """
+    import torch
+
+    sizes: Counter[str] = Counter()
+    for entry in read_index(folder).values():
+        if entry.dtype in EDITABLE and len(entry.shape) == 2:
+            sizes[entry.dtype] += entry.end - entry.start
+    return getattr(torch, TORCH_NAMES[max(sizes, key=lambda name: sizes[name])]) if sizes else None
 
 
 def read_tensor(entry: TensorEntry) -> torch.Tensor:

@@ -122,7 +122,8 @@ def apply(
     if not dry_run:
         check_output(out, base_folder=folder, force=force)
     console.note(f"loading {base}")
-    loaded = load_base(base, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    loaded = load_base(base, revision=revision, **loading, note=console.note)
     asked: dict[str, Any] = {"editor": editor, "stats_from": stats_from, "batch_size": batch_size}
     if dry_run:
         _dry_run(console, loaded, read, settings, out, **asked, format=format, force=force)
@@ -195,7 +196,7 @@ def _score(
         return None
     with console.progress("asking the base") as progress:
         before = collect(base, facts, batch_size=batch_size, progress=progress.report)
-    with applied(base.model, shift), console.progress("asking the edited model") as progress:
+    with applied(base.model, shift, stored=base.stored), console.progress("asking the edited model") as progress:
         after = collect(base, facts, batch_size=batch_size, progress=progress.report)
     report = summarise(facts, before, after, seed=seed)
     show.answers(console, report)

@@ -47,7 +47,7 @@ class _Run:
     def load(self, side: _Side) -> Base:
         from malmen_cli.base.model import load_base
 
-        return load_base(side.name, revision=side.revision, **self.loading)
+        return load_base(side.name, revision=side.revision, **self.loading, note=self.console.note)
 
     def ask(self, base: Base, facts: Sequence[Fact], who: str) -> Answers:
         from malmen_cli.scoring.protocols import collect

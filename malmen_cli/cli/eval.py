@@ -131,7 +131,7 @@ def _score(
     from malmen_cli.scoring.protocols import collect
 
     def load(name: str, revision: str | None) -> Base:
-        return load_base(name, revision=revision, **loading)
+        return load_base(name, revision=revision, **loading, note=console.note)
 
     def ask(base: Base, who: str) -> Answers:
         with console.progress(f"asking {who}") as progress:

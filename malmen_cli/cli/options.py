@@ -76,7 +76,11 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option("--dtype", help="Run the model in this type; auto keeps the checkpoint's.", rich_help_panel=_MODEL),
+    typer.Option(
+        "--dtype",
+        help="Run the model in this type; auto keeps the checkpoint's, but takes float32 on a CPU slow in that.",
+        rich_help_panel=_MODEL,
+    ),
 ]
 BatchSize = Annotated[
     int,

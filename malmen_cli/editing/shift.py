@@ -115,10 +115,11 @@ def check_fits(model: nn.Module, shift: Shift) -> None:
 
 
 @contextmanager
-def applied(model: nn.Module, shift: Shift) -> Iterator[None]:
+def applied(model: nn.Module, shift: Shift, *, stored: torch.dtype | None = None) -> Iterator[None]:
     """Run the body with every module's weight at round(fp32 weight + fp32 shift), then copy the originals back.
 
-    Copies, never subtractions: one `+=`/`-=` round trip changes weights. The sum is rounded once.
+    Copies, never subtractions: one `+=`/`-=` round trip changes weights. stored: the dtype of the checkpoint, where the
+    weights are to be what a merged output would have, though the model computes in a wider one.
     """
     shift.check_finite()
     check_fits(model, shift)
@@ -128,7 +129,7 @@ def applied(model: nn.Module, shift: Shift) -> Iterator[None]:
             weight = _weight(model, name)
             kept[name] = weight.detach().clone()
             summed = weight.detach().float() + module_shift.for_weight().to(weight.device)
-            weight.data.copy_(summed)
+            weight.data.copy_(summed if stored is None else summed.to(stored))
         yield
     finally:
         for name, original in kept.items():
