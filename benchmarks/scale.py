@@ -56,13 +56,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     facts = read_facts(str(options.child)).facts
     with_facts = resident()
     forget_peak()
-    ready = find_ready(base, Spec("malmen"), options.editor)
+    ready = None if options.rounds else find_ready(base, Spec("malmen"), options.editor)
     if ready is None:
         settings = MalmenSettings(rounds=options.rounds)
         # Of as many facts whatever the size, so that calibration's own memory is the same.
         ready = calibrated_identity(base, facts[:100], settings, seed=0, batch_size=options.batch_size)
     started, spent = time.perf_counter(), time.process_time()
-    make_shift(base, ready, facts, batch_size=options.batch_size, memory=options.max_memory)
+    told = _Told(len(facts) * ready.settings.passes)
+    make_shift(base, ready, facts, batch_size=options.batch_size, memory=options.max_memory, progress=told)
     seconds, processor = time.perf_counter() - started, time.process_time() - spent
     memory = {"bare": bare, "with_facts": with_facts, "peak": resident("VmHWM")}
     return {
@@ -73,6 +74,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "method": ready.method,
         "passes": ready.settings.passes,
     }
+
+
+class _Told:
+    """Prints every tenth of the work that is done."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+
+    def __call__(self, more: int) -> None:
+        before, self.done = 10 * self.done // self.total, self.done + more
+        if 10 * self.done // self.total > before:
+            print(f"{self.done:,} of {self.total:,} facts, in passes", file=sys.stderr, flush=True)
 
 
 def resident(what: str = "VmRSS") -> int:
@@ -142,7 +155,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--sizes", type=lambda text: [int(size) for size in text.split(",")], default=[100, 1000, 10000]
     )
     parser.add_argument("--editor", type=Path, metavar="DIR")
-    parser.add_argument("--rounds", type=int, metavar="N", help="passes over the facts, where there is no editor")
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help="passes of an untrained editor, in place of a trained one"
+    )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-memory", type=int, metavar="BYTES")
     parser.add_argument("--device", default="auto")

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from malmen_cli.base import ranks
 from malmen_cli.base.batch import Batch
-from malmen_cli.base.families import IDS, SOURCE
+from malmen_cli.base.families import IDS, SOURCE, block_index
 from malmen_cli.base.memory import halving
 from malmen_cli.base.prompts import Encoded, by_length
 from malmen_cli.editing.replay import Runner
@@ -195,12 +195,14 @@ def _check_finite(rows: Rows) -> None:
 def all_keys(
     runner: Runner, sequences: Sequence[Encoded], names: Sequence[str], batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Per LM batch and module, the keys (n, dk) at every real token of `sequences`; padding gives none."""
+    """Per LM batch and module, the keys (n, dk) at every real token of `sequences`; padding gives none. Blocks behind
+    the last of the modules are not run."""
+    last = max((block_index(runner.model, name) for name in names), default=None)
 
     def run(indices: Sequence[int]) -> dict[str, Tensor]:
         with torch.no_grad(), watching(runner.model, names, gradients=False) as (inputs, _):
             batch = runner.task.batch([sequences[i] for i in indices], runner.base.device, whole=True)
-            runner.full_logits(batch)
+            runner.full_logits(batch, until=last)
         found: dict[str, Tensor] = {}
         for reads, mine in runner.by_stack(names):
             real = batch.mask_of(reads).bool().flatten().nonzero()[:, 0]

@@ -115,9 +115,9 @@ class Runner:
         held = [(stack.reads, [name for name in names if stack.holds(name)]) for stack in self.stacks]
         return [(reads, mine) for reads, mine in held if mine]
 
-    def full_logits(self, batch: Batch) -> Tensor:
-        """Logits at the batch's positions by the model's plain forward over every block."""
-        return self.forward(batch, range(len(self.blocks)), None)
+    def full_logits(self, batch: Batch, *, until: int | None = None) -> Tensor:
+        """Logits at the batch's positions by the plain forward over every block, or (see logits) `until` one."""
+        return self.forward(batch, range(len(self.blocks) if until is None else until + 1), None)
 
     @torch.no_grad()
     def heads(self, sequences: Sequence[Encoded]) -> list[Tensor]:

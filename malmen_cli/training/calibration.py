@@ -29,6 +29,8 @@ from malmen_cli.training.objective import Reference, meta_loss
 STEPS = tuple(0.01 * 2**k for k in range(11))  # relative to the module's own output, 1% to 10 times
 PUSH_LIMIT = 3.0  # times the median |(k . k~) g~| of a role's rows, beyond which a row pushes no harder
 SHARE = 0.75  # of the best single step, for each of several passes by its number: small steps that correct each other
+LIKELY = 4  # where in STEPS the search begins
+PATIENCE = 2  # steps in a row that are worse than the best one, after which it goes no further
 REFINEMENTS = 3  # halvings of the log-space bracket around the best of STEPS
 
 
@@ -161,8 +163,17 @@ def _natural_log_lr(group: Group, rows: Captured, parts: Sequence[Rows]) -> Tens
 
 
 def _search(objective: Callable[[float], float]) -> float:
-    """The best of STEPS, refined between its neighbours in log space."""
-    scores = {step: objective(step) for step in STEPS}
+    """The best of STEPS, refined between its neighbours in log space. From LIKELY on in both directions, each for as
+    long as it gets better, or not much worse: past the best step the meta-loss only grows."""
+    scores = {STEPS[LIKELY]: objective(STEPS[LIKELY])}
+    for way in (range(LIKELY - 1, -1, -1), range(LIKELY + 1, len(STEPS))):
+        worse = 0
+        for place in way:
+            scores[STEPS[place]] = found = objective(STEPS[place])
+            # Where nothing is finite yet, nothing is worse.
+            worse = worse + 1 if found > min(scores.values()) else 0
+            if worse == PATIENCE:
+                break
     ratio = STEPS[1] / STEPS[0]
     for _ in range(REFINEMENTS):
         ratio **= 0.5

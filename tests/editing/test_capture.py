@@ -268,13 +268,20 @@ def test_a_fact_s_loss_is_the_mean_over_its_own_tokens(batch: list[int]) -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("block", [0, 1])  # of two
 def test_every_real_token_gives_a_key_and_padding_none(
-    load: Callable, facts: Callable, family: str, batch_size: int
+    load: Callable, facts: Callable, family: str, block: int, batch_size: int
 ) -> None:
     base = load(family)
     sequences = [*facts(base.tokenizer, 6), Encoded((20, 21, 22), 3)]  # the last: a prompt without answer
-    (name,) = default_modules(base.model, 1)
-    found = torch.cat([keys[name] for keys in all_keys(Runner(base), sequences, [name], batch_size)])
+    name, last = default_modules(base.model, 2)[block], default_modules(base.model, 1)[0]
+    runner, run = Runner(base), []
+    handle = base.model.get_submodule(last).register_forward_hook(lambda *_: run.append(last))
+    try:
+        found = torch.cat([keys[name] for keys in all_keys(runner, sequences, [name], batch_size)])
+    finally:
+        handle.remove()
+    assert bool(run) == (name == last)  # blocks behind are left out
     assert len(found) == sum(len(sequence.ids) for sequence in sequences)
     wanted = []
     for sequence in sorted(sequences, key=lambda s: -len(s.ids)):

@@ -22,6 +22,7 @@ from malmen_cli.editing.shift import IN_OUT, ModuleShift, Shift, applied
 from malmen_cli.exceptions import NumericsError
 from malmen_cli.facts.fact import Fact
 from malmen_cli.training.calibration import (
+    LIKELY,
     PUSH_LIMIT,
     REFINEMENTS,
     SHARE,
@@ -63,8 +64,9 @@ def found_by(setup: Setup, **options: Any) -> Calibration:
 # ---------------------------------------------------------------- the search
 
 
-@pytest.mark.parametrize("wanted", [0.013, 0.05, 0.3, 0.77, 2.0, 9.0])
-def test_search_finds_the_best_step_of_a_smooth_objective(wanted: float) -> None:
+@pytest.mark.parametrize(("wanted", "tried"), [(0.013, 7), (0.05, 7), (0.3, 6), (0.77, 7), (2.0, 9), (9.0, 9)])
+def test_search_finds_the_best_step_of_a_smooth_objective(wanted: float, tried: int) -> None:
+    """Wherever it is, and past it, on both sides, no more than two of STEPS are tried."""
     asked: list[float] = []
 
     def objective(step: float) -> float:
@@ -72,7 +74,15 @@ def test_search_finds_the_best_step_of_a_smooth_objective(wanted: float) -> None
         return math.log(step / wanted) ** 2
 
     assert abs(math.log(_search(objective) / wanted)) < math.log(2) / 2**REFINEMENTS
-    assert len(asked) == len(STEPS) + 2 * REFINEMENTS
+    assert len(asked) == tried + 2 * REFINEMENTS
+
+
+def test_search_goes_on_behind_one_bad_step() -> None:
+    assert _search(lambda step: 3.0 if 0.05 < step < 0.1 else abs(math.log(step / 0.02))) == pytest.approx(0.02)
+
+
+def test_search_goes_on_while_nothing_is_finite() -> None:
+    assert 0.01 <= _search(lambda step: math.inf if step > 0.011 else 1.0) <= 0.011
 
 
 def test_search_passes_by_steps_that_are_not_finite() -> None:
@@ -255,20 +265,21 @@ def test_steps_without_a_finite_loss_are_left_out_of_the_record(
         nonlocal count
         count += 1
         found = true(*arguments, **options)
-        return MetaLoss(math.nan, math.inf, {}) if count in (9, 10, 11) else found
+        return MetaLoss(math.nan, math.inf, {}) if count in (2, 3) else found
 
     monkeypatch.setattr(calibration_module, "meta_loss", overflowing)
     found = found_by(setup())
     assert all(map(math.isfinite, found.tried.values()))
-    assert len(found.tried) <= len(STEPS) + 2 * REFINEMENTS - 3
-    assert found.step < STEPS[8]
+    assert len(found.tried) == count - 2
+    assert not {f"{STEPS[LIKELY - 1]:.4g}", f"{STEPS[LIKELY - 2]:.4g}"} & set(found.tried)
+    assert found.step > STEPS[LIKELY - 1]
 
 
 def test_notes_and_repetition(setup: MakeSetup) -> None:
     notes: list[str] = []
     first = found_by(setup(), note=notes.append)
-    assert len(notes) == len(STEPS) + 2 * REFINEMENTS
-    assert notes[0].startswith("step 0.01: learned ")
+    assert len(notes) == len(first.tried)
+    assert notes[0].startswith(f"step {STEPS[LIKELY]:.3g}: learned ")
     assert found_by(setup()) == first
 
 
