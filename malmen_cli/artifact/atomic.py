@@ -27,17 +27,21 @@ class Staging:
 
     force: a folder that malmen wrote earlier may be replaced. need: bytes about to be written, checked against the
     free disk before anything is. previous: where a folder that is replaced is kept, in place of what was kept there.
+    share: whether bytes copied from other files may share blocks with them, where the file system can.
     `sha256` holds the digest of every file written so far.
     Raises OutputError, with nothing changed, for whatever keeps the folder from being written.
     """
 
-    def __init__(self, out: Path, *, force: bool = False, need: int = 0, previous: Path | None = None) -> None:
+    def __init__(
+        self, out: Path, *, force: bool = False, need: int = 0, previous: Path | None = None, share: bool = False
+    ) -> None:
         self.out = Path(os.path.abspath(out))
         if not self.out.name:
             raise OutputError(f"{out}: the root folder cannot be an output; name a folder in it")
         self.sha256: dict[str, str] = {}
         self._checked: set[str] = set()  # files that were read back when they were done
         self._force = force
+        self._share = share
         self._need = need
         self._previous = previous
         self._lock = -1
@@ -98,13 +102,24 @@ class Staging:
         with self.file(name) as staged:
             staged.copy(source, 0, source.stat().st_size)
 
+    def link(self, name: str, source: Path) -> bool:
+        """Have the file `name` be the file `source` itself; False, with nothing done, where it has to be copied."""
+        path = self._path(name)
+        with self._errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not disk.link(source.resolve(), path):
+                return False
+            self.sha256[name] = disk.file_sha256(path)
+        self._checked.add(name)  # it is what it was
+        return True
+
     def write_some(self, descriptor: int, data: bytes | memoryview) -> None:
         with self._errors():
             disk.write(descriptor, data)
 
     def copy_some(self, descriptor: int, source: int, start: int, end: int) -> int:
         with self._errors():
-            return disk.copy(descriptor, source, start, end)
+            return disk.copy(descriptor, source, start, end, self._share)
 
     def refuse_damaged(self, name: str) -> None:
         raise OutputError(f"{self.out}: {name} reads back other than it was written; is the disk failing?")

@@ -22,6 +22,7 @@ COPIED = 1 << 26  # bytes that the kernel is asked to copy at once, between whic
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
+_NOT_TOGETHER = (*_UNSUPPORTED, errno.EXDEV, errno.EMLINK, errno.EACCES)  # two places that cannot share a file
 
 
 def create(path: Path) -> int:
@@ -36,18 +37,18 @@ def write(descriptor: int, data: bytes | memoryview) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def copy(descriptor: int, source: int, start: int, end: int) -> int:
+def copy(descriptor: int, source: int, start: int, end: int, share: bool = False) -> int:
     """Bytes of one file to the end of another without passing through us; as many as there are up to `end`.
 
-    sendfile, since copy_file_range may share blocks between the two files, which nobody asked for; where the system
-    has it for sockets alone, or the file system cannot, the bytes do pass through us.
+    By sendfile, or with `share` by copy_file_range, which may share blocks between the two files; where the system has
+    neither for these, or the file system cannot, the bytes do pass through us.
     """
     done = start
     while done < end:
         try:
-            count = os.sendfile(descriptor, source, done, min(COPIED, end - done))
+            count = _by_kernel(descriptor, source, done, min(COPIED, end - done), share)
         except OSError as error:
-            if error.errno not in (*_UNSUPPORTED, errno.ENOTSOCK):
+            if error.errno not in (*_UNSUPPORTED, errno.ENOTSOCK, errno.EXDEV):
                 raise
             data = os.pread(source, min(PASSED, end - done), done)
             write(descriptor, data)
@@ -56,6 +57,23 @@ def copy(descriptor: int, source: int, start: int, end: int) -> int:
             break
         done += count
     return done - start
+
+
+def _by_kernel(descriptor: int, source: int, start: int, count: int, share: bool) -> int:
+    if share and hasattr(os, "copy_file_range"):
+        return os.copy_file_range(source, descriptor, count, start)
+    return os.sendfile(descriptor, source, start, count)
+
+
+def link(source: Path, path: Path) -> bool:
+    """Have the new file `path` be the file `source`, by a hard link; False where the two places cannot share one."""
+    try:
+        os.link(source, path)
+    except OSError as error:
+        if error.errno not in _NOT_TOGETHER:
+            raise
+        return False
+    return True
 
 
 def sync(descriptor: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,24 +34,38 @@ CODE_AND_WEIGHTS = (
     "*.onnx",
     "*.index.json",
 )
+Sharing = Literal["none", "reflink", "hardlink"]
 TEMPLATES = "additional_chat_templates"  # the one folder transformers 5 keeps in a checkpoint
 
 
 def write_merged(
-    out: Path, base_folder: Path, shift: Shift, manifest: Mapping[str, object], *, card: str, force: bool
+    out: Path,
+    base_folder: Path,
+    shift: Shift,
+    manifest: Mapping[str, object],
+    *,
+    card: str,
+    force: bool,
+    share: Sharing = "none",
 ) -> None:
     """Write the checkpoint round(fp32 W + fp32 S) in the base's shards, order and dtypes, one tensor at a time.
 
     Files other than weights are copied byte for byte if they belong to a model or tokenizer; what was not is listed in
-    malmen.json under `left_out`. Raises CheckpointError, NumericsError (naming the module) and OutputError.
+    malmen.json under `left_out`. share: what the output has in common with the base where nothing is edited, as far as
+    the file system can: blocks until either changes, or whole shards by hard links (listed under `linked`). Raises
+    CheckpointError, NumericsError (naming the module) and OutputError.
     """
     shift.check_finite()
     check_output(out, base_folder=base_folder, force=force)
     index = read_index(base_folder)
     edits = {tensor: module for module, tensor in merge_plan(base_folder, shift).items()}
     measured: dict[str, dict[str, float]] = {}
-    with Staging(out, force=force, need=plan_bytes("merged", base_folder=base_folder)) as staging:
-        for shard in sorted({entry.file for entry in index.values()}):
+    shards = sorted({entry.file for entry in index.values()})
+    to_link = [s for s in shards if share == "hardlink" and all(index[name].file != s for name in edits)]
+    need = plan_bytes("merged", base_folder=base_folder) - sum(shard.stat().st_size for shard in to_link)
+    with Staging(out, force=force, need=need, share=share == "reflink") as staging:
+        linked = [shard for shard in to_link if staging.link(shard.name, shard)]
+        for shard in (shard for shard in shards if shard not in linked):
             edited = sorted((index[name] for name in edits if index[name].file == shard), key=lambda entry: entry.start)
             with staging.file(shard.name) as file:
                 position = 0
@@ -69,6 +84,7 @@ def write_merged(
         staging.write(CARD, card.encode())
         content = with_shift(manifest, shift, measured)
         content |= {"format": "merged", "files": dict(staging.sha256), "left_out": left_out}
+        content |= {"linked": [shard.name for shard in linked]} if linked else {}
         staging.write(MANIFEST, sealed(content))
 
 

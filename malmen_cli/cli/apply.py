@@ -63,6 +63,15 @@ def apply(
             rich_help_panel="Output",
         ),
     ] = "merged",
+    share: Annotated[
+        Literal["none", "reflink", "hardlink"],
+        typer.Option(
+            "--share",
+            help="What a merged output has in common with BASE where nothing is edited. reflink: blocks on the disk, "
+            "until either changes. hardlink: whole shards; whoever changes one in place changes both.",
+            rich_help_panel="Output",
+        ),
+    ] = "none",
     score: Annotated[
         int,
         typer.Option(
@@ -114,6 +123,8 @@ def apply(
     read = read_facts(facts, stdin=sys.stdin.buffer)
     if stats_from is not None and not isinstance(settings, MemitSpec):
         raise typer.BadParameter("--stats-from is for memit, rome and alphaedit: no other method uses statistics")
+    if share != "none" and format != "merged":
+        raise typer.BadParameter(f"--share is for merged outputs: a {format} has nothing in common with BASE")
     if editor is not None:
         if not isinstance(settings, Spec):
             raise EditorError(f"{editor}: {settings.method} uses no editor; leave it out or choose another method")
@@ -135,7 +146,7 @@ def apply(
     if rank() > 0:
         return
     said = manifest(loaded, ready, read.facts, read.sha256, seed)
-    written = write_edit(out, loaded, shift, said, format=format, force=force)
+    written = write_edit(out, loaded, shift, said, format=format, force=force, share=share)
     show.modules(console, written)
     seconds = time.monotonic() - started
     scores = report.to_json(model=str(out), base=base, seconds=seconds) if report else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from malmen_cli.artifact.atomic import Staging, write_file
 from malmen_cli.exceptions import OutputError
 
 FILES = {"malmen.json": b"{}", "a.bin": b"a" * 30_000, "sub/b.bin": b""}
-LOW_LEVEL = ("create", "write", "copy", "sync", "rename", "exchange")
+LOW_LEVEL = ("create", "write", "copy", "link", "sync", "rename", "exchange")
 
 
 def write(out: Path, files: dict[str, bytes] = FILES, **options: Any) -> None:
@@ -481,3 +482,72 @@ def test_bytes_are_copied_where_the_kernel_does_not(tmp_path: Path, monkeypatch:
     with Staging(tmp_path / "out") as staging:
         staging.copy("copied", tmp_path / "source")
     assert (tmp_path / "out" / "copied").read_bytes() == data
+
+
+@pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="only Linux has copy_file_range")
+def test_a_copy_shares_blocks_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    true = os.copy_file_range
+
+    def watched(source: int, target: int, count: int, start: int) -> int:
+        asked.append(count)
+        return true(source, target, count, start)
+
+    monkeypatch.setattr(disk.os, "copy_file_range", watched)
+    data = os.urandom(100_000)
+    (tmp_path / "source").write_bytes(data)
+    for share, calls in ((False, []), (True, [len(data)])):
+        with Staging(tmp_path / f"{share}", share=share) as staging:
+            staging.copy("copied", tmp_path / "source")
+        assert (tmp_path / f"{share}" / "copied").read_bytes() == data
+        assert asked == calls
+
+
+@pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="only Linux has copy_file_range")
+def test_where_blocks_cannot_be_shared_bytes_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> int:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(disk.os, "copy_file_range", refused)
+    (tmp_path / "source").write_bytes(b"abc" * 1000)
+    with Staging(tmp_path / "out", share=True) as staging:
+        staging.copy("copied", tmp_path / "source")
+    assert (tmp_path / "out" / "copied").read_bytes() == b"abc" * 1000
+
+
+def test_a_linked_file_is_the_file_itself_and_not_a_link_to_it(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"weights")
+    (tmp_path / "model").symlink_to(tmp_path / "blob")
+    with Staging(tmp_path / "out") as staging:
+        assert staging.link("sub/model", tmp_path / "model")
+        assert staging.sha256["sub/model"] == hashlib.sha256(b"weights").hexdigest()
+    placed = tmp_path / "out" / "sub" / "model"
+    assert not placed.is_symlink()
+    assert placed.samefile(tmp_path / "blob")
+    shutil.rmtree(tmp_path / "out")
+    assert (tmp_path / "blob").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EMLINK])
+def test_what_cannot_be_linked_is_left_to_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(disk.os, "link", refused)
+    (tmp_path / "source").write_bytes(b"abc")
+    with Staging(tmp_path / "out") as staging:
+        assert not staging.link("a", tmp_path / "source")
+        assert staging.sha256 == {}
+        staging.copy("a", tmp_path / "source")
+    assert (tmp_path / "out" / "a").read_bytes() == b"abc"
+
+
+def test_a_disk_that_fails_to_link_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk.os, "link", full)
+    (tmp_path / "source").write_bytes(b"abc")
+    with pytest.raises(OutputError, match="the disk is full"), Staging(tmp_path / "out") as staging:
+        staging.link("a", tmp_path / "source")
+    assert not (tmp_path / "out").exists()

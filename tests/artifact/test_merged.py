@@ -21,7 +21,7 @@ from malmen_cli.artifact import disk
 from malmen_cli.artifact.adapter import write_adapter
 from malmen_cli.artifact.delta import read_delta, write_delta
 from malmen_cli.artifact.manifest import read_sealed
-from malmen_cli.artifact.merged import measure, merge_plan, merged_weight, side_files, write_merged
+from malmen_cli.artifact.merged import Sharing, measure, merge_plan, merged_weight, side_files, write_merged
 from malmen_cli.base.weights import fingerprint, read_index, read_tensor
 from malmen_cli.editing.shift import IN_OUT, OUT_IN, ModuleShift, Shift, applied
 from malmen_cli.exceptions import CheckpointError, MalmenError, NumericsError, OutputError
@@ -438,6 +438,43 @@ for file in sorted(root.rglob("*")):
 
 
 @pytest.mark.slow  # imports torch in two fresh processes
+@pytest.mark.parametrize("share", ["none", "reflink", "hardlink"])
+def test_untouched_shards_are_linked_only_when_asked(
+    tmp_path: Path, sharded: Path, make_shift: MakeShift, make_manifest: Callable[..., Any], share: Sharing
+) -> None:
+    """The output's bytes are the same whatever it shares with the base, and the base's stay what they were."""
+    shift, before = make_shift(sharded, 3), {f.name: f.read_bytes() for f in sharded.iterdir()}
+    write_merged(tmp_path / "m", sharded, shift, make_manifest(sharded), card="card", force=False)
+    write_merged(tmp_path / "s", sharded, shift, make_manifest(sharded), card="card", force=False, share=share)
+    plain, shared = read_sealed(tmp_path / "m" / "malmen.json"), read_sealed(tmp_path / "s" / "malmen.json")
+    assert shared["files"] == plain["files"]
+    index = read_index(sharded)
+    edited = {index[name].file.name for name in merge_plan(sharded, shift).values()}
+    untouched = sorted({entry.file.name for entry in index.values()} - edited)
+    linked = untouched if share == "hardlink" else []
+    assert len(untouched) >= 2
+    assert shared.get("linked", []) == linked
+    for name, content in before.items():
+        assert (tmp_path / "s" / name).samefile(sharded / name) == (name in linked)
+        assert (sharded / name).read_bytes() == content
+    # Where a linked shard is replaced, by the next run, the base keeps its own.
+    write_merged(tmp_path / "s", sharded, make_shift(sharded, 1), make_manifest(sharded), card="card", force=True)
+    assert {f.name: f.read_bytes() for f in sharded.iterdir()} == before
+
+
+def test_what_is_linked_needs_no_room(
+    tmp_path: Path, sharded: Path, make_shift: MakeShift, make_manifest: Callable[..., Any], monkeypatch
+) -> None:
+    needs: list[int] = []
+    monkeypatch.setattr(disk, "check_free", lambda out, need: needs.append(need))
+    shift = make_shift(sharded, 3)
+    shares: tuple[Sharing, ...] = ("none", "hardlink")
+    for share in shares:
+        write_merged(tmp_path / share, sharded, shift, make_manifest(sharded), card="", force=False, share=share)
+    linked = read_sealed(tmp_path / "hardlink" / "malmen.json")["linked"]
+    assert needs[0] - needs[1] == sum((sharded / name).stat().st_size for name in linked) > 0
+
+
 def test_same_inputs_same_bytes(tmp_path: Path, sharded: Path) -> None:
     """T15: three runs under each of two hash seeds."""
     seen: dict[str, set[str]] = {}

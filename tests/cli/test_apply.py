@@ -117,6 +117,26 @@ def test_formats(
     assert contents(base) == before
 
 
+@pytest.mark.parametrize("share", ["none", "reflink", "hardlink"])
+def test_what_a_merged_output_shares_with_its_base(
+    malmen: Malmen, tiny_model_factory: Callable[..., Path], tmp_path: Path, share: str, small: Path
+) -> None:
+    base = tiny_model_factory("llama", layers=4, max_shard_size="20KB")
+    found = document(malmen(base, "--share", share, "--json", "--spec", small, "--score", 0))
+    shards = {path.name for path in base.glob("*.safetensors")}
+    same = {name for name in shards if (tmp_path / "out" / name).samefile(base / name)}
+    assert same == set(found["manifest"].get("linked", []))
+    assert (len(same) > 1) == (share == "hardlink")
+    assert len(same) < len(shards)  # some are edited
+
+
+@pytest.mark.parametrize("format", ["delta", "adapter"])
+def test_what_is_no_checkpoint_shares_nothing_with_one(malmen: Malmen, tiny_gpt2: Path, format: str) -> None:
+    result = malmen(tiny_gpt2, "--format", format, "--share", "hardlink")
+    assert code(result) == 2
+    assert f"--share is for merged outputs: a {format}" in result.output
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an old name
 def test_the_adapter_gives_the_merged_model_s_logits(
     malmen: Malmen, tiny_gpt2: Path, tmp_path: Path, small: Path

@@ -23,7 +23,7 @@ from malmen_cli.artifact import disk
 from malmen_cli.base.cache import cached_digest
 from malmen_cli.base.weights import fingerprint
 
-OPERATIONS = ("create", "write", "copy", "sync", "rename", "exchange")
+OPERATIONS = ("create", "write", "copy", "link", "sync", "rename", "exchange")
 FAULTS: dict[str, tuple[BaseException, int]] = {  # what happens, and the exit code a user sees
     "full": (OSError(errno.ENOSPC, "No space left on device"), 6),
     "failing": (OSError(errno.EIO, "Input/output error"), 6),
