@@ -35,7 +35,8 @@ from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import MalmenSettings
 from malmen_cli.facts.fact import Fact, Probe
 from malmen_cli.training.facts import encode_examples
-from malmen_cli.training.loop import Progress, Trainer
+from malmen_cli.training.history import Progress
+from malmen_cli.training.loop import Trainer
 from malmen_cli.training.settings import TrainingSettings
 
 # Dense bf16 peak, FLOP/s, of NVIDIA's data sheets.

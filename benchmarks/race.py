@@ -32,7 +32,8 @@ from malmen_cli.editing.settings import MalmenSettings
 from malmen_cli.exceptions import MalmenError
 from malmen_cli.facts.files import read_facts
 from malmen_cli.training.facts import Example, draw, encode_examples
-from malmen_cli.training.loop import Progress, Trainer
+from malmen_cli.training.history import Progress
+from malmen_cli.training.loop import Trainer
 from malmen_cli.training.settings import TrainingSettings
 
 HEAD = "| training | steps | processor seconds | wall seconds | validation score |\n|---|---|---|---|---|"

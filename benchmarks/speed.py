@@ -47,7 +47,8 @@ from malmen_cli.facts.fact import Fact
 from malmen_cli.facts.files import read_facts, write_facts
 from malmen_cli.insertion import encode_wordings
 from malmen_cli.training.facts import draw, encode_examples
-from malmen_cli.training.loop import Progress, Trainer
+from malmen_cli.training.history import Progress
+from malmen_cli.training.loop import Trainer
 from malmen_cli.training.settings import TrainingSettings
 
 CHECKED_FACTS = 100_000

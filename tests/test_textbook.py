@@ -20,7 +20,8 @@ from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import MalmenSettings
 from malmen_cli.facts.fact import Fact, Probe
 from malmen_cli.training.facts import draw, encode_examples
-from malmen_cli.training.loop import Progress, Trainer
+from malmen_cli.training.history import Progress
+from malmen_cli.training.loop import Trainer
 from malmen_cli.training.settings import TrainingSettings
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"

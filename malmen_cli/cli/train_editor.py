@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from malmen_cli.base.model import Base
     from malmen_cli.editing.spec import Spec
     from malmen_cli.facts.fact import Fact
-    from malmen_cli.training.loop import Progress
+    from malmen_cli.training.history import Progress
     from malmen_cli.training.session import Order, Trained
     from malmen_cli.training.settings import TrainingSettings
 

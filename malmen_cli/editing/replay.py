@@ -7,7 +7,6 @@ Masks, rotary tables, final norms and soft-caps are the model's own, since its o
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -22,7 +21,6 @@ from malmen_cli.base.families import Stack, stacks
 from malmen_cli.base.memory import chunked, halving, out_of_memory
 from malmen_cli.base.model import Base, logits_at
 from malmen_cli.base.prompts import Encoded
-from malmen_cli.base.spill import Spill
 from malmen_cli.editing.blocks import (
     SHORT,
     change_output,
@@ -32,6 +30,7 @@ from malmen_cli.editing.blocks import (
     watch_output,
     written_out,
 )
+from malmen_cli.editing.states import Kept, Key, States
 
 CACHE_BYTES = 2 << 30  # kept block inputs, beyond which the least recently used are spilled, or dropped and recomputed
 EDIT_CACHE_BYTES = 64 << 20  # of an edit on the CPU: each pass asks for a state once, which disk gives soon enough
@@ -46,11 +45,6 @@ def edit_cache(base: Base) -> int:
 
 
 Behind = tuple[int, Callable[[Tensor], Tensor]]
-
-
-# What is kept of a prompt: the input of the first block that runs, and what an encoder in front of it gave.
-Kept = tuple[Tensor, ...]
-Key = tuple[tuple[int, ...], tuple[int, ...]]  # Encoded.key
 
 
 class Runner:
@@ -69,17 +63,13 @@ class Runner:
         self.blocks = [block for stack in self.stacks for block in stack.blocks]
         self._extras = [-1] * len(self.blocks)  # how much each returns beside hidden states; -1: they come alone
         self._givers: dict[int, list[Any]] = {}  # outputs of the blocks that run for what they hand on
-        self._states: OrderedDict[Key, Kept] = OrderedDict()
+        self._states = States(cache_bytes, spill_bytes, base.device)
         self._company: dict[Key, Sequence[Encoded]] = {}
-        self._room = cache_bytes, spill_bytes
-        self.forget()
         self.replaying = self._verify() and first > 0  # in any case: it also notes what the blocks return
 
     def forget(self) -> None:
         """Drop what is kept of every prompt. What is asked from here on has the bits that it has in a new process."""
         self._states.clear()
-        self._free, spill_bytes = self._room
-        self._spill = Spill(spill_bytes)
 
     def keep_company(self, sequences: Sequence[Encoded], batch_size: int | None = None) -> None:
         """Have the prefixes of these sequences computed together, whichever of them is asked for first, at most
@@ -164,22 +154,19 @@ class Runner:
         alone: dict[Key, Encoded] = {}
         for sequence in sequences:
             key = sequence.key
-            if key in self._states:
-                self._states.move_to_end(key)
-                found[key] = self._states[key]
-            elif (spilled := self._spilled(key)) is not None:
-                found[key] = spilled  # stays on disk: in a pass over all facts each is asked for once
+            if (kept := self._states.get(key)) is not None:
+                found[key] = kept
             elif key not in self._company:
                 alone[key] = sequence
             elif key not in found:
                 for company in halving(self._company[key], self._run_prefix):
                     found |= company
-                    self._remember(company)
+                    self._states.keep(company)
         if alone:
             fresh = self._run_prefix(tuple(alone.values()))
             found |= fresh
             if keep:
-                self._remember(fresh)
+                self._states.keep(fresh)
         rows = [found[sequence.key] for sequence in sequences]
         return tuple(
             self._padded([row[place] for row in rows], batch.mask_of(reads)) for place, reads in enumerate(self._read())
@@ -215,22 +202,6 @@ class Runner:
             s.key: tuple(kept[row, : length[row]].clone() for kept, length in zip(here, lengths, strict=True))
             for row, s in enumerate(sequences)
         }
-
-    def _spilled(self, key: Key) -> Kept | None:
-        found = [self._spill.get((key, place), self.base.device) for place in range(len(self._read()))]
-        states = tuple(state for state in found if state is not None)
-        return states if len(states) == len(found) else None
-
-    def _remember(self, states: dict[Key, Kept]) -> None:
-        for key, state in states.items():
-            self._free -= _bytes(state) - (_bytes(self._states[key]) if key in self._states else 0)
-            self._states[key] = state
-        gone: dict[tuple[Key, int], Tensor] = {}
-        while self._free < 0 and len(self._states) > 1:
-            key, kept = self._states.popitem(last=False)
-            gone |= {(key, place): state for place, state in enumerate(kept)}
-            self._free += _bytes(kept)
-        self._spill.add(gone)
 
     def forward(
         self,
@@ -308,7 +279,3 @@ def agree(full: Tensor, replayed: Tensor, dtype: torch.dtype) -> bool:
     tolerance = 2e-2 if dtype in (torch.float16, torch.bfloat16) else REPLAY_TOLERANCE
     apart = (full.float() - replayed.float()).abs().max()
     return bool(apart <= tolerance * full.float().abs().max().clamp(min=1e-6))
-
-
-def _bytes(kept: Kept) -> int:
-    return sum(state.nbytes for state in kept)

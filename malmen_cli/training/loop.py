@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from malmen_cli.editing.shift import Shift, applied
 from malmen_cli.exceptions import NumericsError, naming
 from malmen_cli.training.calibration import Calibration, calibrate, preserve
 from malmen_cli.training.facts import Cohort, Draw, Example, cohorts, draw, random_sample
+from malmen_cli.training.history import Best, Finished, Progress
 from malmen_cli.training.objective import MetaLoss, References, meta_loss
 from malmen_cli.training.settings import TrainingSettings
 from malmen_cli.training.validation import AtSizes, Validation, climb, validate
@@ -36,45 +36,6 @@ COHORT = 32  # facts drawn together: enough for a full LM batch, few enough for 
 STEP_RATIO, MOST_RATIOS = 1.2, 6  # what every step of the trained editor is changed by while that helps, and how often
 PARTS = 4  # in which the validation facts are edited too, when that factor is chosen
 BAD_STEPS = 5  # consecutive steps without a finite loss, after which training stops
-
-
-@dataclass
-class Progress:
-    """One line of a training's history. `validation` is set where the editor was validated."""
-
-    step: int
-    learned: float
-    moved: float
-    facts: int
-    seconds: float
-    validation: Validation | None = None
-
-    @classmethod
-    def from_plain(cls, item: dict[str, Any]) -> Progress:
-        """The opposite of `dataclasses.asdict`."""
-        validation = item["validation"]
-        return cls(**item | {"validation": Validation(**validation) if validation else None})
-
-
-@dataclass
-class Best:
-    """The best editor so far by validation score, as its state."""
-
-    step: int = -1
-    rank: tuple[float, float] = (-1.0, -1.0)  # Validation.rank
-    state: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The best editor as it is saved, the factor chosen for its steps, and the validation of exactly that: on all facts
-    at once, and in `parts` parts."""
-
-    state: dict[str, Tensor]
-    step_factor: float
-    validation: Validation
-    in_parts: Validation
-    parts: int
 
 
 class Trainer:

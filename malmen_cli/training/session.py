@@ -30,7 +30,8 @@ from malmen_cli.facts.fact import Fact
 from malmen_cli.facts.files import facts_sha256
 from malmen_cli.training.calibration import Calibration
 from malmen_cli.training.facts import encode_examples
-from malmen_cli.training.loop import Finished, Progress, Trainer
+from malmen_cli.training.history import Finished, Progress
+from malmen_cli.training.loop import Trainer
 from malmen_cli.training.settings import TrainingSettings
 
 _OF_THE_FOLDER = ("format", "files", "tensors", "schema")  # what `editor.json` says beside what `describe` gives

@@ -23,7 +23,7 @@ import malmen_cli.cli.train_editor as train_module
 from malmen_cli.base.weights import fingerprint
 from malmen_cli.cli.console import Console, Progress
 from malmen_cli.cli.train_editor import _Reporter
-from malmen_cli.training.loop import Progress as Step
+from malmen_cli.training.history import Progress as Step
 from malmen_cli.training.validation import Validation
 
 document = partial(document_of, "train_editor")

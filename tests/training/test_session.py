@@ -31,7 +31,8 @@ from malmen_cli.exceptions import EditorError, OutputError
 from malmen_cli.facts.fact import Fact
 from malmen_cli.facts.files import facts_sha256
 from malmen_cli.training.facts import encode_examples
-from malmen_cli.training.loop import Progress, Trainer
+from malmen_cli.training.history import Progress
+from malmen_cli.training.loop import Trainer
 from malmen_cli.training.objective import MetaLoss
 from malmen_cli.training.session import Order, state_before, state_folder, train
 from malmen_cli.training.settings import TrainingSettings
