@@ -29,10 +29,12 @@ def faster_on_cpu(stored: torch.dtype, parameters: int) -> torch.dtype:
 
     parameters: how many the model has. A float32 checkpoint stays what it is: in halves it would be another model.
     """
-    if stored not in HALVES or 4 * parameters > LEFT_TO_WEIGHTS * _host_bytes():
+    if stored not in HALVES:
         return stored
-    # Ranks on different machines compute in the same type.
-    return torch.float32 if ranks.all_say(speedup_of_fp32(stored) >= WORTH_TWICE_THE_MEMORY) else stored
+    fits = 4 * parameters <= LEFT_TO_WEIGHTS * _host_bytes()
+    # Ranks on different machines compute in the same type, and each of them is asked.
+    slow = ranks.all_say(fits and speedup_of_fp32(stored) >= WORTH_TWICE_THE_MEMORY)
+    return torch.float32 if slow else stored
 
 
 def speedup_of_fp32(half: torch.dtype) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from several import on_ranks
 
 from malmen_cli.artifact.merged import write_merged
 from malmen_cli.base import precision
@@ -51,6 +52,20 @@ def test_a_model_without_room_for_float32_stays_half(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(precision, "_host_bytes", lambda: 16e9)
     assert faster_on_cpu(torch.bfloat16, 1_500_000_000) == torch.float32
     assert faster_on_cpu(torch.bfloat16, 1_700_000_000) == torch.bfloat16
+
+
+@pytest.mark.parametrize(("speedups", "rooms"), [((0.5, 3.0), (1e9, 1e9)), ((3.0, 3.0), (1e9, 1e3))])
+def test_all_ranks_compute_in_one_type(speedups: tuple[float, ...], rooms: tuple[float, ...]) -> None:
+    """Of two machines one is fast in halves, or has no room for more: so neither takes float32, nor waits for ever."""
+
+    def work() -> str:
+        mine = torch.distributed.get_rank()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(precision, "speedup_of_fp32", lambda half: speedups[mine])
+            patch.setattr(precision, "_host_bytes", lambda: rooms[mine])
+            return str(faster_on_cpu(torch.bfloat16, 1000))
+
+    assert on_ranks(work) == ["torch.bfloat16"] * 2
 
 
 def test_it_is_measured_once_for_a_type_and_a_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
