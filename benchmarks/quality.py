@@ -159,7 +159,7 @@ class Bench:
                     if EARLIER not in said[-1]:  # else the seconds are not those of the whole edit
                         seconds.append(time.perf_counter() - started)
                     norms += [figures["relative_norm"] for figures in measure(self.base.folder, shift).values()]
-                    with applied(self.base.model, shift):
+                    with applied(self.base.model, shift, stored=self.base.stored):
                         after, loss = self._asked(scored, "asking the edited model"), self.loss()
                 judged += [judge(fact, before, after) for fact in scored]
                 losses.append(loss)

@@ -55,6 +55,14 @@ def _interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _fast_in_halves() -> Iterator[None]:
+    """Whatever CPU the tests run on, a base in bfloat16 or float16 is computed in that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("malmen_cli.base.precision.speedup_of_fp32", lambda half: 0.5)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Editors and caches of one test are invisible to the next."""

@@ -44,7 +44,7 @@ class Base:
     fingerprint: str
     model: Any
     tokenizer: Any
-    stored: torch.dtype | None = None  # in which the checkpoint has its weights, whatever they are computed in
+    stored: torch.dtype | None = None  # in which its weights are loaded, or lie there, whatever they are computed in
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +67,8 @@ class Base:
 
     def record(self) -> dict[str, Any]:
         """What a manifest says of it."""
-        return {"name": self.name, "revision": self.revision, "fingerprint": self.fingerprint} | self.task.record()
+        who = {"name": self.name, "revision": self.revision, "fingerprint": self.fingerprint}
+        return who | {"dtype": str(self.dtype).removeprefix("torch.")} | self.task.record()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -167,14 +168,24 @@ def load_base(
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise CheckpointError(f"{name}: its tokenizer has no tokens; copy the tokenizer's files into the folder")
     _refuse_offloaded(name, model)
+    stored = model.dtype if dtype == "auto" else stored_dtype(found.folder)
     if dtype == "auto" and place is not None and place.type == "cpu":
-        faster = faster_on_cpu(model.dtype, model.num_parameters())
-        if faster != model.dtype and note is not None:
-            half = str(model.dtype).removeprefix("torch.")
-            note(f"computed in float32, as this CPU is slow in the checkpoint's type; --dtype {half} keeps that")
-        model = model.to(faster)
+        model = _in_faster_type(model, note)
     model = (model if place is None else model.to(place)).eval().requires_grad_(False)
-    return Base(name, found.folder, found.revision, identity, model, tokenizer, stored_dtype(found.folder))
+    return Base(name, found.folder, found.revision, identity, model, tokenizer, stored)
+
+
+def _in_faster_type(model: Any, note: Callable[[str], None] | None) -> Any:
+    """In the type that this CPU is faster in, which `note` is told of; left alone where that is its own, since parts
+    that transformers keeps in float32 would become halves."""
+    own = model.dtype
+    faster = faster_on_cpu(own, model.num_parameters())
+    if faster == own:
+        return model
+    if note is not None:
+        half = str(own).removeprefix("torch.")
+        note(f"computed in float32, as this CPU is slow in the checkpoint's type; --dtype {half} keeps that")
+    return model.to(faster)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ WORTH_TWICE_THE_MEMORY = 1.25  # how much faster float32 must be than a half
 LEFT_TO_WEIGHTS = 0.4  # of the host's memory
 _ROWS, _WIDTH = 256, 1024  # of the products tried: tokens of a small batch, a small model's width
 _TRIALS = 3  # the fastest counts: other work on the machine only ever adds time
+_IS_AND_CAN = ("vendor_id", "cpu family", "model", "flags", "CPU ", "Features", "isa")  # lines of /proc/cpuinfo
+_CONTAINER = Path("/sys/fs/cgroup/memory.max")  # the limit of a container, seen from inside
 _LEAST, _MOST = 1e-6, 1e6  # what is believed
 
 
@@ -75,18 +77,25 @@ def _key(half: torch.dtype) -> str:
 
 
 def _cpu() -> str:
-    """What the system says of its first core, less what changes by the minute."""
+    """What the system says its first core is and can."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
     except OSError:
         lines = []
-    steady = [line for line in lines if not line.startswith(("processor", "cpu MHz", "bogomips", "apicid", "core id"))]
-    return "\n".join(steady) or platform.processor()
+    return "\n".join(line for line in lines if line.startswith(_IS_AND_CAN)) or platform.processor()
 
 
 def _host_bytes() -> float:
-    """Physical memory, where the system tells."""
+    """Memory that this process may have, where the system tells: of several on one host, its share."""
     try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        physical = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):
+        physical = float("inf")
+    return min(physical, _container_bytes()) / max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
+def _container_bytes() -> float:
+    try:
+        return float(_CONTAINER.read_text(encoding="ascii"))
+    except (OSError, ValueError):  # none, or "max"
         return float("inf")

@@ -154,7 +154,7 @@ def _answers(run: _Run, a: _Side, b: _Side, facts: Sequence[Fact]) -> dict[str, 
     if shift is not None:
         from malmen_cli.editing.shift import applied
 
-        with applied(base.model, shift):
+        with applied(base.model, shift, stored=base.stored):
             after = run.ask(base, facts, "B")
     else:
         del base

@@ -50,10 +50,6 @@ class States:
             self._free += _bytes(kept)
         self._spill.add(gone)
 
-    def in_memory(self) -> Mapping[Key, Kept]:
-        """Those that are not on disk alone, the least recently used in front."""
-        return self._held
-
 
 def _bytes(kept: Kept) -> int:
     return sum(state.nbytes for state in kept)

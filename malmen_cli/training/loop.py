@@ -131,7 +131,7 @@ class Trainer:
         references = self.references.of([p for e in examples for p in e.probes[:1]] or self._own_probes)
         with naming([e.id for e in examples]):
             shift, _ = self._edit([e.edit for e in examples])
-        with applied(self.runner.model, shift):
+        with applied(self.runner.model, shift, stored=self.runner.base.stored):
             end = self.editor.settings.end_of_text and self.runner.task.ends_answers
             return validate(self.runner, examples, references, self.batch_size, end_of_text=end)
 

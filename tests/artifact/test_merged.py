@@ -437,7 +437,6 @@ for file in sorted(root.rglob("*")):
 """
 
 
-@pytest.mark.slow  # imports torch in two fresh processes
 @pytest.mark.parametrize("share", ["none", "reflink", "hardlink"])
 def test_untouched_shards_are_linked_only_when_asked(
     tmp_path: Path, sharded: Path, make_shift: MakeShift, make_manifest: Callable[..., Any], share: Sharing
@@ -475,6 +474,7 @@ def test_what_is_linked_needs_no_room(
     assert needs[0] - needs[1] == sum((sharded / name).stat().st_size for name in linked) > 0
 
 
+@pytest.mark.slow  # imports torch in two fresh processes
 def test_same_inputs_same_bytes(tmp_path: Path, sharded: Path) -> None:
     """T15: three runs under each of two hash seeds."""
     seen: dict[str, set[str]] = {}

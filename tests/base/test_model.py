@@ -60,9 +60,8 @@ def test_a_base_knows_what_it_is(tiny_model_factory, family: str) -> None:
     ],
 )
 def test_dtype_is_the_checkpoint_s_or_as_asked(
-    tiny_model_factory, stored: str, asked: str, wanted: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    tiny_model_factory, stored: str, asked: str, wanted: torch.dtype
 ) -> None:
-    monkeypatch.setattr("malmen_cli.base.precision.speedup_of_fp32", lambda half: 0.5)  # of a CPU fast in halves
     assert load_base(str(tiny_model_factory("gpt2", dtype=stored)), device="cpu", dtype=asked).dtype == wanted
 
 

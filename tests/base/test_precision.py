@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,9 @@ MODULE = "transformer.h.1.mlp.c_proj"
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MALMEN_HOME", str(tmp_path / "home"))
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are of what the others do without: see tests/conftest.py."""
+    monkeypatch.setattr(precision, "speedup_of_fp32", speedup_of_fp32)
 
 
 def slow_in_halves(monkeypatch: pytest.MonkeyPatch, speedup: float = 3.0) -> None:
@@ -52,6 +55,21 @@ def test_a_model_without_room_for_float32_stays_half(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(precision, "_host_bytes", lambda: 16e9)
     assert faster_on_cpu(torch.bfloat16, 1_500_000_000) == torch.float32
     assert faster_on_cpu(torch.bfloat16, 1_700_000_000) == torch.bfloat16
+
+
+def test_room_is_the_container_s_and_shared_by_the_processes_of_a_host(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(precision, "_CONTAINER", tmp_path / "memory.max")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    physical = precision._host_bytes()
+    assert physical > 1e8
+    (tmp_path / "memory.max").write_text("max\n")
+    assert precision._host_bytes() == physical
+    (tmp_path / "memory.max").write_text("80000000\n")
+    assert precision._host_bytes() == 8e7
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert precision._host_bytes() == 2e7
 
 
 @pytest.mark.parametrize(("speedups", "rooms"), [((0.5, 3.0), (1e9, 1e9)), ((3.0, 3.0), (1e9, 1e3))])
@@ -121,6 +139,38 @@ def test_a_base_computed_in_float32_has_the_checkpoint_s_weights(
         torch.equal(weights[name], tensor.float()) for name, tensor in load_file(folder / "model.safetensors").items()
     )
     assert load_base(str(folder), device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("family", "half"), [("llama", "bfloat16"), ("gpt2", "float16"), ("t5", "float16")])
+def test_a_cpu_that_is_fast_in_halves_changes_nothing(
+    tiny_model_factory, monkeypatch: pytest.MonkeyPatch, family: str, half: str
+) -> None:
+    """Rotary tables, and T5's second products, stay in float32 as transformers has them."""
+    slow_in_halves(monkeypatch, 0.3)
+    folder = str(tiny_model_factory(family, dtype=half))
+    auto, asked = (load_base(folder, device="cpu", dtype=dtype).model for dtype in ("auto", half))
+    found, wanted = ([*model.named_parameters(), *model.named_buffers()] for model in (auto, asked))
+    for (name, tensor), (_, same) in zip(found, wanted, strict=True):
+        assert tensor.dtype == same.dtype, name
+        assert torch.equal(tensor, same), name
+    if family != "gpt2":
+        kept = [t.dtype for t in (*auto.parameters(), *auto.buffers()) if t.is_floating_point()]
+        assert torch.float32 in kept
+
+
+def test_weights_are_rounded_to_what_they_are_loaded_in(
+    tiny_model_factory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A config may say bfloat16 of a float32 file: so it is loaded, and so is what is written of it."""
+    slow_in_halves(monkeypatch)
+    folder = Path(shutil.copytree(tiny_model_factory("gpt2"), tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    assert stored_dtype(folder) == torch.float32
+    base = load_base(str(folder), device="cpu")
+    assert (base.dtype, base.stored) == (torch.float32, torch.bfloat16)
+    asked = load_base(str(folder), device="cpu", dtype="float32")
+    assert (asked.dtype, asked.stored) == (torch.float32, torch.float32)
 
 
 def test_what_is_scored_is_what_a_merged_output_has(

@@ -214,7 +214,7 @@ def test_replay_in_half_precision(load: Callable, dtype: str) -> None:
 
 
 def states_of(runner: Runner) -> dict[tuple[int, ...], Tensor]:
-    return {ids: state for (_, ids), (state,) in runner._states.in_memory().items()}
+    return {ids: state for (_, ids), (state,) in runner._states._held.items()}
 
 
 def test_kept_states_are_bounded_and_the_oldest_go_first(load: Callable) -> None:
