@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from malmen_cli.artifact.merged import Sharing, unedited_shards
 from malmen_cli.artifact.output import check_disk, check_output, plan_bytes
 from malmen_cli.base.families import chosen_modules, matrix_shape, stack_of
 from malmen_cli.base.model import Base
@@ -60,6 +61,7 @@ def outlook(
     editor: Path | None,
     stats_from: str | None,
     format: str,
+    share: Sharing,
     batch_size: int,
     force: bool,
 ) -> Outlook:
@@ -79,7 +81,9 @@ def outlook(
     else:
         work = plan(base, facts, replace(spec.settings, network="identity"), batch_size)
         using = "no trained editor: an untrained one, calibrated on the facts"
-    need = plan_bytes(format, base_folder=base.folder, shapes=list(work.modules.values()), rank=work.rank)
+    linked = unedited_shards(base.folder, work.modules, out) if share == "hardlink" else ()
+    shapes = list(work.modules.values())
+    need = plan_bytes(format, base_folder=base.folder, shapes=shapes, rank=work.rank, linked=linked)
     check_output(out, base_folder=base.folder, force=force)
     check_disk(out, need)
     return Outlook(work, using, found, need)

@@ -19,6 +19,7 @@ from malmen_cli.exceptions import OutputError
 
 PASSED = 1 << 20  # bytes that pass through us at once where the kernel does not copy
 COPIED = 1 << 26  # bytes that the kernel is asked to copy at once, between which an interrupt is heard
+BLOCK = 4096  # bytes that file systems share or do not
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
@@ -46,7 +47,9 @@ def copy(descriptor: int, source: int, start: int, end: int, share: bool = False
     done = start
     while done < end:
         try:
-            count = _by_kernel(descriptor, source, done, min(COPIED, end - done), share)
+            # Whole blocks can be shared; the two files have the same offsets, so that one start decides for both.
+            most = BLOCK - done % BLOCK if share and done % BLOCK else COPIED
+            count = _by_kernel(descriptor, source, done, min(most, end - done), share)
         except OSError as error:
             if error.errno not in (*_UNSUPPORTED, errno.ENOTSOCK, errno.EXDEV):
                 raise

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from malmen_cli.artifact.atomic import Staging
 from malmen_cli.artifact.delta import CARD, norm_of, shape_of, with_shift
+from malmen_cli.artifact.disk import existing_ancestor
 from malmen_cli.artifact.manifest import MANIFEST, sealed
 from malmen_cli.artifact.output import check_output, plan_bytes
 from malmen_cli.artifact.placing import MARKS
 from malmen_cli.artifact.staged import StagedFile
 from malmen_cli.artifact.tensors import raw_bytes
+from malmen_cli.base.cache import still_remembered
 from malmen_cli.base.weights import EDITABLE, INDEX_FILE, TensorEntry, read_index, read_tensor, rooms
 from malmen_cli.editing.shift import IN_OUT, ModuleShift, Shift
 from malmen_cli.exceptions import CheckpointError, NumericsError
@@ -60,12 +63,11 @@ def write_merged(
     index = read_index(base_folder)
     edits = {tensor: module for module, tensor in merge_plan(base_folder, shift).items()}
     measured: dict[str, dict[str, float]] = {}
-    shards = sorted({entry.file for entry in index.values()})
-    to_link = [s for s in shards if share == "hardlink" and all(index[name].file != s for name in edits)]
-    need = plan_bytes("merged", base_folder=base_folder) - sum(shard.stat().st_size for shard in to_link)
+    to_link = unedited_shards(base_folder, shift.modules, out) if share == "hardlink" else []
+    need = plan_bytes("merged", base_folder=base_folder, linked=to_link)
     with Staging(out, force=force, need=need, share=share == "reflink") as staging:
-        linked = [shard for shard in to_link if staging.link(shard.name, shard)]
-        for shard in (shard for shard in shards if shard not in linked):
+        linked = _link(staging, to_link, {entry.file for entry in index.values()})
+        for shard in sorted({entry.file for entry in index.values()}.difference(linked)):
             edited = sorted((index[name] for name in edits if index[name].file == shard), key=lambda entry: entry.start)
             with staging.file(shard.name) as file:
                 position = 0
@@ -86,6 +88,14 @@ def write_merged(
         content |= {"format": "merged", "files": dict(staging.sha256), "left_out": left_out}
         content |= {"linked": [shard.name for shard in linked]} if linked else {}
         staging.write(MANIFEST, sealed(content))
+
+
+def unedited_shards(base_folder: Path, modules: Iterable[str], out: Path) -> list[Path]:
+    """Shards without a weight of `modules` that `out` can have by hard links, since they lie on its device."""
+    index = read_index(base_folder)
+    edited = {index[_tensor_name(base_folder, index, name)].file for name in modules}
+    device = existing_ancestor(Path(os.path.abspath(out)).parent).stat().st_dev
+    return sorted(file for file in {e.file for e in index.values()} - edited if file.stat().st_dev == device)
 
 
 def merge_plan(base_folder: Path, shift: Shift) -> dict[str, str]:
@@ -193,6 +203,14 @@ def _check_tensor(folder: Path, name: str, entry: TensorEntry, module: ModuleShi
         raise CheckpointError(
             f"{folder}: {entry.name} is {entry.dtype}, which a shift cannot be added to; use an unquantised base"
         )
+
+
+def _link(staging: Staging, shards: Sequence[Path], files: Iterable[Path]) -> list[Path]:
+    """Those of `shards` that could be linked; what is remembered of the base, all its `files`, holds."""
+    if not shards:
+        return []
+    with still_remembered(files):
+        return [shard for shard in shards if staging.link(shard.name, shard)]
 
 
 def _copy_range(file: StagedFile, source: Path, start: int, end: int | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from malmen_cli.artifact.disk import check_free, existing_ancestor
@@ -42,16 +42,18 @@ def plan_bytes(
     shapes: Sequence[tuple[int, int]] = (),
     rank: int | None = None,
     max_rank: int = 512,
+    linked: Iterable[Path] = (),
 ) -> int:
     """Bytes an output will need, before the shift exists (`--dry-run`).
 
     format: merged, delta or adapter. shapes: (dk, dv) of every edited module. rank: rows a low-rank shift will have;
-    None, or more than dk, is dense.
+    None, or more than dk, is dense. linked: files of the base that a merged output has by hard links.
     """
     if format == "merged":
         assert base_folder is not None
         files = {entry.file for entry in read_index(base_folder).values()}
-        return sum(file.stat().st_size for file in files) + SIDE_FILES_BYTES + _side_files(base_folder)
+        copied = sum(file.stat().st_size for file in files.difference(linked))
+        return copied + SIDE_FILES_BYTES + _side_files(base_folder)
     total = 0
     for dk, dv in shapes:
         kept = rank if rank is not None and rank <= dk else None

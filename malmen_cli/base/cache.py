@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from malmen_cli.artifact.atomic import write_file
@@ -44,6 +44,22 @@ def cached_digest(files: Iterable[Path], compute: Callable[[], str]) -> str:
     if time.time() - youngest > RACY_SECONDS and _stamp(watched)[0] == key:
         remember("fingerprints", key, digest)
     return digest
+
+
+@contextlib.contextmanager
+def still_remembered(files: Iterable[Path]) -> Iterator[None]:
+    """What is remembered of `files` is so after the body too, which may change how many links there are to each, and
+    with it the time of its last change, but not its content."""
+    watched = sorted({file.resolve() for file in files})
+    before, digest = _content(watched), remembered("fingerprints", _stamp(watched)[0])
+    yield
+    if HEX_DIGEST.fullmatch(digest) and _content(watched) == before:
+        remember("fingerprints", _stamp(watched)[0], digest)
+
+
+def _content(files: Iterable[Path]) -> list[tuple[int, int, int]]:
+    """What a file that is written to does not keep."""
+    return [(stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in (file.stat() for file in files)]
 
 
 def remembered(kind: str, key: str) -> str:

@@ -137,7 +137,7 @@ def apply(
     loaded = load_base(base, revision=revision, **loading, note=console.note)
     asked: dict[str, Any] = {"editor": editor, "stats_from": stats_from, "batch_size": batch_size}
     if dry_run:
-        _dry_run(console, loaded, read, settings, out, **asked, format=format, force=force)
+        _dry_run(console, loaded, read, settings, out, **asked, format=format, share=share, force=force)
         return
     ready = ready_for(loaded, settings, read.facts, **asked, seed=seed, note=console.note, debug=console.debug)
     shift = _shift(console, loaded, ready, read.facts, batch_size, max_memory)

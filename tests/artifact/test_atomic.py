@@ -504,6 +504,27 @@ def test_a_copy_shares_blocks_only_when_asked(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="only Linux has copy_file_range")
+def test_from_the_next_block_on_whole_blocks_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system shares whole blocks alone, and an edited tensor ends anywhere."""
+    asked: list[tuple[int, int]] = []
+    true = os.copy_file_range
+
+    def watched(source: int, target: int, count: int, start: int) -> int:
+        asked.append((start, count))
+        return true(source, target, count, start)
+
+    monkeypatch.setattr(disk.os, "copy_file_range", watched)
+    monkeypatch.setattr(disk, "COPIED", 8192)
+    data = os.urandom(20_000)
+    (tmp_path / "source").write_bytes(data)
+    with Staging(tmp_path / "out", share=True) as staging, staging.file("mixed") as file:
+        file.write(b"edited")
+        file.copy(tmp_path / "source", 6, len(data))
+    assert (tmp_path / "out" / "mixed").read_bytes() == b"edited" + data[6:]
+    assert asked == [(6, 4090), (4096, 8192), (12288, 7712)]
+
+
+@pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="only Linux has copy_file_range")
 def test_where_blocks_cannot_be_shared_bytes_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> int:
         raise OSError(errno.EXDEV, "Invalid cross-device link")

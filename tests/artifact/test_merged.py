@@ -21,7 +21,16 @@ from malmen_cli.artifact import disk
 from malmen_cli.artifact.adapter import write_adapter
 from malmen_cli.artifact.delta import read_delta, write_delta
 from malmen_cli.artifact.manifest import read_sealed
-from malmen_cli.artifact.merged import Sharing, measure, merge_plan, merged_weight, side_files, write_merged
+from malmen_cli.artifact.merged import (
+    Sharing,
+    measure,
+    merge_plan,
+    merged_weight,
+    side_files,
+    unedited_shards,
+    write_merged,
+)
+from malmen_cli.base import weights
 from malmen_cli.base.weights import fingerprint, read_index, read_tensor
 from malmen_cli.editing.shift import IN_OUT, OUT_IN, ModuleShift, Shift, applied
 from malmen_cli.exceptions import CheckpointError, MalmenError, NumericsError, OutputError
@@ -459,6 +468,30 @@ def test_untouched_shards_are_linked_only_when_asked(
     # Where a linked shard is replaced, by the next run, the base keeps its own.
     write_merged(tmp_path / "s", sharded, make_shift(sharded, 1), make_manifest(sharded), card="card", force=True)
     assert {f.name: f.read_bytes() for f in sharded.iterdir()} == before
+
+
+def test_what_is_remembered_of_a_base_outlives_links_to_it(
+    tmp_path: Path, sharded: Path, make_shift: MakeShift, make_manifest: Callable[..., Any], monkeypatch
+) -> None:
+    """A link changes when a file was last changed, and reading a large base again takes minutes."""
+    base = Path(shutil.copytree(sharded, tmp_path / "base"))
+    for file in base.iterdir():
+        os.utime(file, (1e9, 1e9))
+    shift, known = make_shift(base, 3), fingerprint(base)
+    monkeypatch.setattr(weights, "_digest", lambda entries: pytest.fail("the base was read again"))
+    write_merged(tmp_path / "m", base, shift, make_manifest(base), card="", force=False, share="hardlink")
+    assert read_sealed(tmp_path / "m" / "malmen.json")["linked"]
+    assert fingerprint(base) == known
+
+
+def test_on_another_device_nothing_is_linked_and_room_is_needed_for_all(
+    tmp_path: Path, sharded: Path, make_shift: MakeShift, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shift = make_shift(sharded, 3)
+    assert unedited_shards(sharded, shift.modules, tmp_path / "out")
+    if not os.access("/dev/shm", os.W_OK) or os.stat("/dev/shm").st_dev == os.stat(sharded).st_dev:
+        pytest.skip("there is no second device to write to")
+    assert unedited_shards(sharded, shift.modules, Path("/dev/shm/out")) == []
 
 
 def test_what_is_linked_needs_no_room(

@@ -130,6 +130,16 @@ def test_what_a_merged_output_shares_with_its_base(
     assert len(same) < len(shards)  # some are edited
 
 
+def test_a_dry_run_counts_no_room_for_what_would_be_linked(
+    malmen: Malmen, tiny_model_factory: Callable[..., Path], small: Path
+) -> None:
+    base = tiny_model_factory("llama", layers=4, max_shard_size="20KB")
+    given = (base, "--json", "--spec", small, "--score", 0)
+    planned = [document(malmen(*given, "--dry-run", "--share", share))["disk_bytes"] for share in ("none", "hardlink")]
+    linked = document(malmen(*given, "--share", "hardlink"))["manifest"]["linked"]
+    assert planned[0] - planned[1] == sum((base / name).stat().st_size for name in linked) > 0
+
+
 @pytest.mark.parametrize("format", ["delta", "adapter"])
 def test_what_is_no_checkpoint_shares_nothing_with_one(malmen: Malmen, tiny_gpt2: Path, format: str) -> None:
     result = malmen(tiny_gpt2, "--format", format, "--share", "hardlink")

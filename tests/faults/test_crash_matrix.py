@@ -9,7 +9,7 @@ import pytest
 
 from malmen_cli.cli.errors import main
 
-WRITERS = ("merged", "delta", "adapter", "train-editor", "install", "convert", "stats", "eval")
+WRITERS = ("merged", "linked", "delta", "adapter", "train-editor", "install", "convert", "stats", "eval")
 
 
 def reference(writer: Any, faulty_disk: Any) -> tuple[list[Any], int]:
@@ -49,7 +49,7 @@ def test_a_failing_disk_leaves_nothing_or_the_whole(
     print(f"{name}, {error!r}: {len(ks)} of {operations} operations fail")
 
 
-@pytest.mark.parametrize("name", ["merged", "delta", "adapter", "train-editor", "convert", "eval"])
+@pytest.mark.parametrize("name", ["merged", "linked", "delta", "adapter", "train-editor", "convert", "eval"])
 def test_a_failing_disk_leaves_the_old_output(
     name: str,
     fault: tuple[BaseException, int],

@@ -15,7 +15,7 @@ import pytest
 from malmen_cli.artifact import disk
 
 SCRIPT = Path(__file__).with_name("kill_at_random.py")
-WRITERS = ("merged", "delta", "adapter", "train-editor", "convert", "stats", "eval", "gguf")
+WRITERS = ("merged", "linked", "delta", "adapter", "train-editor", "convert", "stats", "eval", "gguf")
 TRIALS = 30 if os.environ.get("MALMEN_FAULTS") == "full" else 1  # 240 kills, or 8
 
 
@@ -47,7 +47,7 @@ def killed(make_writer: Callable[..., Any], folder: Path) -> dict[str, Any]:
     orders = []
     for name in WRITERS:
         writer = make_writer(name, out=name)
-        old = [*writer.argv, "--seed", "1"] if name in ("merged", "delta", "adapter") else None
+        old = [*writer.argv, "--seed", "1"] if name in ("merged", "linked", "delta", "adapter") else None
         outputs = list(map(str, writer.outputs))
         orders.append({"argv": writer.argv, "again": writer.again, "old": old, "outputs": outputs, "trials": TRIALS})
     environment = os.environ | {"PYTHONPATH": str(Path(disk.__file__).parents[2])}
