@@ -103,13 +103,14 @@ class Staging:
             staged.copy(source, 0, source.stat().st_size)
 
     def link(self, name: str, source: Path) -> bool:
-        """Have the file `name` be the file `source` itself; False, with nothing done, where it has to be copied."""
+        """Have the file `name` be the file `source` itself; False, with nothing done, where it has to be copied. OSError
+        if it cannot be read."""
         path = self._path(name)
         with self._errors():
             path.parent.mkdir(parents=True, exist_ok=True)
             if not disk.link(source.resolve(), path):
                 return False
-            self.sha256[name] = disk.file_sha256(path)
+        self.sha256[name] = disk.file_sha256(path)
         self._checked.add(name)  # it is what it was
         return True
 

@@ -209,8 +209,14 @@ def _link(staging: Staging, shards: Sequence[Path], files: Iterable[Path]) -> li
     """Those of `shards` that could be linked; what is remembered of the base, all its `files`, holds."""
     if not shards:
         return []
+    linked = []
     with still_remembered(files):
-        return [shard for shard in shards if staging.link(shard.name, shard)]
+        for shard in shards:
+            try:
+                linked += [shard] if staging.link(shard.name, shard) else []
+            except OSError as error:
+                raise CheckpointError(f"{shard}: cannot be read: {error.strerror or error}") from error
+    return linked
 
 
 def _copy_range(file: StagedFile, source: Path, start: int, end: int | None) -> None:

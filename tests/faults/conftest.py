@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from gguf_file import write_gguf
 
-from malmen_cli.artifact import disk, merged
+from malmen_cli.artifact import disk
 from malmen_cli.base.cache import cached_digest
 from malmen_cli.base.weights import fingerprint
 
@@ -50,8 +50,6 @@ class FaultyDisk:
         self._fault: BaseException | None = None
         for name in OPERATIONS:
             patch.setattr(disk, name, self._watched(name, getattr(disk, name)))
-        # The cache is written to by every run that links, and what fails there costs time alone: see test_caches.py.
-        patch.setattr(merged, "still_remembered", lambda files: nullcontext())
         patch.setattr(os, "fsync", lambda descriptor: None)  # nobody pulls the plug of a test
 
     @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from malmen_cli.base import cache
 from malmen_cli.cli.errors import main
 
 WRITERS = ("merged", "linked", "delta", "adapter", "train-editor", "install", "convert", "stats", "eval")
@@ -30,8 +31,10 @@ def test_a_failing_disk_leaves_nothing_or_the_whole(
     tried: Callable[[int, BaseException], list[int]],
     whole_parts: Callable[[Any, Any], bool],
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """ENOSPC, EIO or Ctrl-C at the k-th operation: one line, the code, every output absent or whole; then it works."""
+    monkeypatch.setattr(cache, "remember", lambda *_: None)  # which never fails a run: see test_caches.py
     writer, (error, code) = make_writer(name), fault
     whole, operations = reference(writer, faulty_disk)
     assert operations >= 4
@@ -56,8 +59,10 @@ def test_a_failing_disk_leaves_the_old_output(
     make_writer: Callable[[str], Any],
     faulty_disk: Any,
     tried: Callable[[int, BaseException], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With an older output in the way and --force, it is that one or the new one, and nothing in between."""
+    monkeypatch.setattr(cache, "remember", lambda *_: None)
     writer, (error, code) = make_writer(name), fault
     whole, operations = reference(writer, faulty_disk)
     if name in ("convert", "eval"):
