@@ -166,6 +166,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE", help=".png, .svg or .pdf")
     parser.add_argument("--child", type=Path, metavar="FACTS", help="one measurement, in this process")
     options = parser.parse_args(arguments)
+    if options.editor and options.rounds:
+        parser.error("--rounds is for an untrained editor, not for --editor's")
     if (options.base is None) == (options.table is None):
         parser.error("give a base, or --table")
     return options

@@ -20,6 +20,7 @@ def race(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("race")
 
 
+@pytest.mark.slow  # four trainings
 def test_a_line_for_every_training(
     race: ModuleType, tiny_model_factory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

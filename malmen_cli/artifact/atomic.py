@@ -103,8 +103,10 @@ class Staging:
             staged.copy(source, 0, source.stat().st_size)
 
     def link(self, name: str, source: Path) -> bool:
-        """Have the file `name` be the file `source` itself; False, with nothing done, where it has to be copied. OSError
-        if it cannot be read."""
+        """Have the file `name` be the file `source` itself; False, with nothing done, where it has to be copied.
+
+        OSError if it cannot be read.
+        """
         path = self._path(name)
         with self._errors():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -484,6 +484,19 @@ def test_what_is_remembered_of_a_base_outlives_links_to_it(
     assert fingerprint(base) == known
 
 
+def test_a_shard_that_cannot_be_read_is_not_linked(
+    tmp_path: Path, sharded: Path, make_shift: MakeShift, make_manifest: Callable[..., Any], monkeypatch
+) -> None:
+    def failing(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(disk, "file_sha256", failing)
+    shift = make_shift(sharded, 3)
+    with pytest.raises(CheckpointError, match=r"safetensors: cannot be read: Input/output error"):
+        write_merged(tmp_path / "m", sharded, shift, make_manifest(sharded), card="", force=False, share="hardlink")
+    assert not (tmp_path / "m").exists()
+
+
 def test_on_another_device_nothing_is_linked_and_room_is_needed_for_all(
     tmp_path: Path, sharded: Path, make_shift: MakeShift, monkeypatch: pytest.MonkeyPatch
 ) -> None:

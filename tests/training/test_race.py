@@ -21,6 +21,7 @@ def race(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("race")
 
 
+@pytest.mark.slow  # two trainings, one of them the textbook's
 def test_step_for_step_the_textbook_s_scores_are_malmen_s(race: ModuleType, town, tmp_path: Path) -> None:
     train, valid = (encode_examples(town.base.task, facts, end_of_text=True) for facts in (town.train, town.valid))
     sizes = {"facts_per_step": (8,), "meta_facts": 8, "valid_facts": 30, "preserved_prompts": 100}
