@@ -661,7 +661,8 @@ def untrained(base: Base) -> Ready:
 
 def test_the_manifest_of_an_untrained_editor(base: Base, untrained: Ready) -> None:
     found = manifest(base, untrained, some_facts(4), "a" * 64, 7)
-    assert found["base"] == {"name": base.name, "revision": None, "fingerprint": base.fingerprint}
+    who = {"name": base.name, "revision": None, "fingerprint": base.fingerprint}
+    assert found["base"] == who | {"dtype": "float32"}
     method = found["method"]
     assert isinstance(method, dict)
     assert method["name"] == "identity"
