@@ -5,7 +5,8 @@
 The textbook trains the paper's editor (the last six blocks, answer tokens, one pass) for so many steps, every judged
 fact in the meta-loss; its best validation score is what has to be reached. Then malmen: the same editor on the same
 draws, a meta-loss on a part of the facts, and the editor that train-editor makes by default. All start from a fresh
-editor that is calibrated, which is in malmen's time and not in the textbook's. Validation is in nobody's time.
+editor that is calibrated, which is in malmen's time and not in the textbook's. Validation is in nobody's time, but
+for the one that malmen's training ends its last step with.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from speed import paper
 from textbook import Textbook
 from timing import about, processor_seconds
 
@@ -37,7 +39,6 @@ from malmen_cli.training.loop import Trainer
 from malmen_cli.training.settings import TrainingSettings
 
 HEAD = "| training | steps | processor seconds | wall seconds | validation score |\n|---|---|---|---|---|"
-PAPER_BLOCKS = 6
 
 
 @dataclass
@@ -93,15 +94,9 @@ class Race:
     batch_size: int
     folder: Path
 
-    @property
-    def paper(self) -> MalmenSettings:
-        """The paper's editor, of a base that may have fewer blocks."""
-        blocks = min(PAPER_BLOCKS, self.base.model.config.get_text_config().num_hidden_layers)
-        return MalmenSettings(last_blocks=blocks, rounds=1, tokens="answer")
-
     def textbook(self) -> Run:
         """Adam and its schedule as in malmen's training; the editor is validated by malmen, which is in no time."""
-        trainer, run = self._trainer(self.paper, self.settings), Run("textbook")
+        trainer, run = self._trainer(paper(self.base), self.settings), Run("textbook")
         trainer.prepare()
         editor, settings = trainer.editor, self.settings
         groups = [list(group.names) for group in editor.groups]
@@ -207,8 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(line(book, best), flush=True)
             _append(options.output, book, said)
             runs: list[Callable[[], Run]] = [
-                lambda: race.ours("the same editor", race.paper, every, best.rank),
-                lambda: race.ours(f"its meta-loss on {options.part} of the facts", race.paper, sampled, best.rank),
+                lambda: race.ours("the same editor", paper(base), every, best.rank),
+                lambda: race.ours(f"its meta-loss on {options.part} of the facts", paper(base), sampled, best.rank),
                 lambda: race.ours("malmen's own settings", MalmenSettings(), sampled, best.rank),
             ]
             for make in runs:

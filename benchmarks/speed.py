@@ -197,9 +197,8 @@ class Speed:
         return timed
 
     def _editors(self) -> list[tuple[str, Ready]]:
-        paper = MalmenSettings(last_blocks=_last_blocks(self.base), rounds=1, tokens="answer", network="identity")
-        sample = self.facts[:64]
-        found = [("one pass", calibrated_identity(self.base, sample, paper, seed=0, batch_size=self.batch_size))]
+        sample, untrained = self.facts[:64], replace(paper(self.base), network="identity")
+        found = [("one pass", calibrated_identity(self.base, sample, untrained, seed=0, batch_size=self.batch_size))]
         own = find_ready(self.base, Spec("malmen"), None)
         if own is not None:
             once = Editor(replace(own.settings, rounds=1), own.editor.groups, own.editor.layouts)
@@ -209,7 +208,7 @@ class Speed:
     def _trainer(self) -> Trainer:
         """An editor of the paper's last blocks, and a training whose every step takes the same facts."""
         count = self.step_facts
-        settings = MalmenSettings(last_blocks=_last_blocks(self.base), rounds=1, tokens="answer")
+        settings = paper(self.base)
         training = TrainingSettings(
             steps=10**6,
             facts_per_step=(count,),
@@ -241,6 +240,11 @@ def plain_forward(base: Base, edits: Sequence[Encoded], batch_size: int) -> None
             base.model(torch.tensor([edit.ids for edit in batch], device=base.device), use_cache=False)
     if base.device.type == "cuda":
         torch.cuda.synchronize(base.device)
+
+
+def paper(base: Base) -> MalmenSettings:
+    """The editor of the paper: its last blocks, answer tokens, one pass."""
+    return MalmenSettings(last_blocks=_last_blocks(base), rounds=1, tokens="answer")
 
 
 def _last_blocks(base: Base) -> int:

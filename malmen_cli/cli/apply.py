@@ -133,8 +133,9 @@ def apply(
     if not dry_run:
         check_output(out, base_folder=folder, force=force)
     console.note(f"loading {base}")
-    loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    loaded = load_base(base, revision=revision, **loading, note=console.note)
+    loaded = load_base(
+        base, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code, note=console.note
+    )
     asked: dict[str, Any] = {"editor": editor, "stats_from": stats_from, "batch_size": batch_size}
     if dry_run:
         _dry_run(console, loaded, read, settings, out, **asked, format=format, share=share, force=force)

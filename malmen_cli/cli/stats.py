@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -66,8 +66,9 @@ def stats(
     if not isinstance(chosen, MemitSpec):
         raise SpecError(f"{chosen.method} needs no statistics; memit, rome and alphaedit do")
     console.note(f"loading {base}")
-    loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    loaded = load_base(base, revision=revision, **loading, note=console.note)
+    loaded = load_base(
+        base, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code, note=console.note
+    )
     names = memit_modules(loaded.model, chosen.settings)
     text = Text(loaded, stats_from, chosen.settings.stats_tokens)
     tokens = text.source["tokens"]

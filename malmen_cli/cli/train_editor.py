@@ -121,8 +121,9 @@ def train_editor(
     from_files = {"sources": facts, "valid_sources": [valid] if valid is not None else facts}
     order = Order(chosen, training, train_facts, valid_facts, seed, batch_size, **from_files)
     folder = locate(base, revision=revision, note=console.note).folder
-    loading: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    loaded = load_base(base, revision=revision, **loading, note=console.note)
+    loaded = load_base(
+        base, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code, note=console.note
+    )
     place = out or _own_place(loaded, chosen.method)
     resuming = resume and unfinished(place)
     places = [place] if out is not None else [place, find_editor(loaded.fingerprint)]

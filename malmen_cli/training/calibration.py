@@ -163,8 +163,8 @@ def _natural_log_lr(group: Group, rows: Captured, parts: Sequence[Rows]) -> Tens
 
 
 def _search(objective: Callable[[float], float]) -> float:
-    """The best of STEPS, refined between its neighbours in log space. From LIKELY on in both directions, each for as
-    long as it gets better, or not much worse: past the best step the meta-loss is taken to grow."""
+    """The best of STEPS, refined between its neighbours in log space. From LIKELY on in both directions, each until
+    PATIENCE in a row are worse: past the best step the meta-loss is taken to grow."""
     scores = {STEPS[LIKELY]: objective(STEPS[LIKELY])}
     for way in (range(LIKELY - 1, -1, -1), range(LIKELY + 1, len(STEPS))):
         worse = 0

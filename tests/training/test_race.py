@@ -27,7 +27,7 @@ def test_step_for_step_the_textbook_s_scores_are_malmen_s(race: ModuleType, town
     sizes = {"facts_per_step": (8,), "meta_facts": 8, "valid_facts": 30, "preserved_prompts": 100}
     settings = TrainingSettings(steps=6, warmup=2, meta_lr=2e-3, scale_lr=0.05, locality_weight=1.0, **sizes)
     made = race.Race(town.base, train, valid, settings, 2, 4, tmp_path)
-    book, mine = made.textbook(), made.ours("the same editor", made.paper, settings, NEVER)
+    book, mine = made.textbook(), made.ours("the same editor", race.paper(town.base), settings, NEVER)
     assert [point.step for point in mine.points] == [point.step for point in book.points] == [0, 2, 4, 6]
     assert [point.rank for point in mine.points] == [pytest.approx(point.rank, abs=0.02) for point in book.points]
     assert mine.points[-1].rank > mine.points[0].rank  # it did learn something
