@@ -112,7 +112,7 @@ def edit_rows(
     own = ranks.share(len(edits))
     for batch in by_length([edits[i].length for i in own], batch_size):
         indices = [own[place] for place in batch]
-        for rows in halving(indices, lambda part: _batch_rows(runner, edits, names, part, tokens, keep=keep)):
+        for rows in halving(indices, lambda part: batch_rows(runner, edits, names, part, tokens, keep=keep)):
             yield from rows
 
 
@@ -153,11 +153,12 @@ def answer_counts(batch: Batch, like: Tensor) -> Tensor:
     return like.new_zeros(len(batch.ids)).index_add_(0, batch.owners, torch.ones_like(like))
 
 
-def _batch_rows(
+def batch_rows(
     runner: Runner, edits: Sequence[Encoded], names: Sequence[str], indices: Sequence[int], tokens: str, *, keep: bool
 ) -> list[Rows]:
+    """The rows of one LM batch, the edits `indices`: one Rows a stack (see edit_rows)."""
     with torch.enable_grad(), watching(runner.model, names, gradients=True) as (inputs, outputs):
-        logits, batch = runner.logits([edits[i] for i in indices], keep=keep)
+        logits, batch = runner.logits([edits[i] for i in indices], keep=keep, everywhere=True)
         loss = fact_loss(logits, batch)
         found = torch.autograd.grad(loss, [outputs[name] for name in names])
     gradients = dict(zip(names, found, strict=True))
@@ -223,7 +224,7 @@ def weight_gradients(
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss of one LM batch and its gradient by each module's weight in row convention, (dk, dv) fp32.
 
-    Computed as inputs' x output gradients over every token in fp32, so that no low-precision sum is made.
+    Computed as inputs' x output gradients over every token, summed in fp32; what bfloat16 gives is rounded to it once.
     """
     with torch.enable_grad():
         with watching(runner.model, names, gradients=True) as (inputs, outputs):
@@ -232,6 +233,8 @@ def weight_gradients(
         gradients = torch.autograd.grad(loss, [outputs[name] for name in names])
     found = {}
     for name, gradient in zip(names, gradients, strict=True):
-        keys = inputs[name].reshape(-1, inputs[name].shape[-1]).float()
-        found[name] = (keys.T @ gradient.reshape(-1, gradient.shape[-1]).float()).to(runner.base.device)
+        # float16 has no room for them: gradients of a mean are among its smallest numbers.
+        dtype = torch.bfloat16 if gradient.dtype == torch.bfloat16 else torch.float32
+        keys, pulls = (t.reshape(-1, t.shape[-1]).to(dtype) for t in (inputs[name], gradient))
+        found[name] = (keys.mT @ pulls).float().to(runner.base.device)
     return float(loss.detach()), found

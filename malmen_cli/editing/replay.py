@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from malmen_cli.base.batch import Batch
-from malmen_cli.base.families import Stack, stacks
+from malmen_cli.base.families import Stack, second_matrix, stacks
 from malmen_cli.base.memory import chunked, halving, out_of_memory
 from malmen_cli.base.model import Base, logits_at
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing.blocks import (
     SHORT,
     change_output,
+    only_at,
     passing,
     swap_input,
     watch_input,
@@ -31,6 +32,7 @@ from malmen_cli.editing.blocks import (
     written_out,
 )
 from malmen_cli.editing.states import Kept, Key, States
+from malmen_cli.exceptions import SpecError
 
 CACHE_BYTES = 2 << 30  # kept block inputs, beyond which the least recently used are spilled, or dropped and recomputed
 EDIT_CACHE_BYTES = 64 << 20  # of an edit on the CPU: each pass asks for a state once, which disk gives soon enough
@@ -51,7 +53,7 @@ class Runner:
     """Runs one base, from its embeddings or from block `first` on.
 
     `replaying` says whether the kept-state path was verified against the full forward on this model; where it
-    was not, every run is a full one.
+    was not, every run is a full one. `states` holds what is kept of prompts, the runner's own and its users'.
     """
 
     def __init__(self, base: Base, first: int = 0, *, cache_bytes: int = CACHE_BYTES, spill_bytes: int = 0) -> None:
@@ -63,13 +65,14 @@ class Runner:
         self.blocks = [block for stack in self.stacks for block in stack.blocks]
         self._extras = [-1] * len(self.blocks)  # how much each returns beside hidden states; -1: they come alone
         self._givers: dict[int, list[Any]] = {}  # outputs of the blocks that run for what they hand on
-        self._states = States(cache_bytes, spill_bytes, base.device)
+        self.states = States(cache_bytes, spill_bytes, base.device)
         self._company: dict[Key, Sequence[Encoded]] = {}
+        self._last_mlp = self._find_last_mlp()
         self.replaying = self._verify() and first > 0  # in any case: it also notes what the blocks return
 
     def forget(self) -> None:
         """Drop what is kept of every prompt. What is asked from here on has the bits that it has in a new process."""
-        self._states.clear()
+        self.states.clear()
 
     def keep_company(self, sequences: Sequence[Encoded], batch_size: int | None = None) -> None:
         """Have the prefixes of these sequences computed together, whichever of them is asked for first, at most
@@ -84,21 +87,27 @@ class Runner:
             self._company |= {member.key: company for member in company}
 
     def logits(
-        self, sequences: Sequence[Encoded], *, keep: bool = True, behind: Behind | None = None, until: int | None = None
+        self,
+        sequences: Sequence[Encoded],
+        *,
+        keep: bool = True,
+        behind: Behind | None = None,
+        until: int | None = None,
+        everywhere: bool = False,
     ) -> tuple[Tensor, Batch]:
         """Logits (n, vocabulary) at the answer positions of a batch, and the batch.
 
         keep: whether the prefix states of these sequences are worth keeping for a later run. behind: the number of a
         block, `first` or a later one, and a function from the hidden states (B, T, width) that it hands on to those
         that it should. until: the last block that is run, where what comes behind it is not asked for: the logits are
-        then of no use.
+        then of no use. everywhere: whether the last block's MLP is watched, and so has to see every token.
         """
-        end = len(self.blocks) if until is None else until + 1
+        end, narrow = len(self.blocks) if until is None else until + 1, not everywhere
         batch = self.task.batch(sequences, self.base.device)
         if not self.replaying:
-            return self.forward(batch, range(end), None, behind=behind), batch
+            return self.forward(batch, range(end), None, behind=behind, narrow=narrow), batch
         prefix = self._prefix(sequences, batch, keep)
-        return self.forward(batch, range(self.first, end), prefix, behind=behind), batch
+        return self.forward(batch, range(self.first, end), prefix, behind=behind, narrow=narrow), batch
 
     def by_stack(self, names: Sequence[str]) -> list[tuple[str, list[str]]]:
         """What each stack with any of the modules `names` reads, and which of them it holds."""
@@ -154,19 +163,19 @@ class Runner:
         alone: dict[Key, Encoded] = {}
         for sequence in sequences:
             key = sequence.key
-            if (kept := self._states.get(key)) is not None:
+            if (kept := self.states.get(key)) is not None:
                 found[key] = kept
             elif key not in self._company:
                 alone[key] = sequence
             elif key not in found:
                 for company in halving(self._company[key], self._run_prefix):
                     found |= company
-                    self._states.keep(company)
+                    self.states.keep(company)
         if alone:
             fresh = self._run_prefix(tuple(alone.values()))
             found |= fresh
             if keep:
-                self._states.keep(fresh)
+                self.states.keep(fresh)
         rows = [found[sequence.key] for sequence in sequences]
         return tuple(
             self._padded([row[place] for row in rows], batch.mask_of(reads)) for place, reads in enumerate(self._read())
@@ -212,11 +221,13 @@ class Runner:
         heads: Tensor | None = None,
         behind: Behind | None = None,
         options: dict[str, Any] | None = None,
+        narrow: bool = False,
     ) -> Tensor:
         """The model's own forward: only the `active` blocks compute, and the head only at the batch's positions.
 
         kept: what the first active block reads instead of what it is given. heads: what the head reads instead.
-        options: arguments of the forward beside or in place of the task's.
+        options: arguments of the forward beside or in place of the task's. narrow: have the last block's MLP see only
+        the batch's positions too, where that was verified: nothing reads what it gives for other tokens.
         """
         with ExitStack() as stack:
             if torch.is_grad_enabled() and batch.longest <= SHORT and self.base.device.type == "cpu":
@@ -232,6 +243,10 @@ class Runner:
             if behind is not None:
                 place, change = behind
                 stack.callback(self.blocks[place].register_forward_hook(partial(change_output, change)).remove)
+            last = len(self.blocks) - 1
+            looked_at = behind is not None and behind[0] == last
+            if narrow and not looked_at and self._last_mlp is not None and last in active:
+                stack.enter_context(only_at(self._last_mlp, batch.rows, batch.columns))
             gather = stack.enter_context(logits_at(self.model, batch.rows, batch.columns, states=heads))
             memory = kept[1] if kept is not None and len(kept) > 1 else None
             return gather(self.task.logits(self.model(**self.task.inputs(batch, memory) | (options or {}))))
@@ -256,16 +271,30 @@ class Runner:
             for index, block in enumerate(self.blocks):
                 stack.callback(block.register_forward_hook(partial(self._note_kind, index)).remove)
             full = self.full_logits(batch).float()
+        for mlp in dict.fromkeys((self._last_mlp, None)):
+            self._last_mlp = mlp
+            try:
+                prefix = self._prefix(sequences, batch, keep=False)
+                # Whatever a block hands to a later one beside its output is that of other tokens by now.
+                self.full_logits(self.task.batch(others, self.base.device))
+                replayed = self.forward(batch, range(self.first, len(self.blocks)), prefix, narrow=True).float()
+            except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+                if out_of_memory(error):
+                    raise
+                continue
+            if agree(full, replayed, self.base.dtype):
+                return True
+        return False
+
+    def _find_last_mlp(self) -> nn.Module | None:
+        """The part of the last block that has its second MLP matrix, if that is not the block itself."""
+        last = self.stacks[-1]
         try:
-            prefix = self._prefix(sequences, batch, keep=False)
-            # Whatever a block hands to a later one beside its output is that of other tokens by now.
-            self.full_logits(self.task.batch(others, self.base.device))
-            replayed = self.forward(batch, range(self.first, len(self.blocks)), prefix).float()
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-            if out_of_memory(error):
-                raise
-            return False
-        return agree(full, replayed, self.base.dtype)
+            matrix = second_matrix(self.model, last, len(last.blocks) - 1)
+        except SpecError:
+            return None
+        part: nn.Module = self.model.get_submodule(matrix.rpartition(".")[0])
+        return None if part is last.blocks[-1] else part
 
     def _note_kind(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
         self._extras[index] = len(output) - 1 if isinstance(output, tuple) else -1

@@ -158,13 +158,21 @@ class Solution:
         """
         penalty, whiten = self.penalty, self.penalty.whiten
         assert isinstance(penalty, Penalty)
-        shift, pulled = self.matrix(), whiten(gradient.to(self.factor.dtype))
-        if self.whitened is not None:
-            by_value = torch.cholesky_solve(self.whitened @ pulled, self.factor)
-            inner = whiten(pulled - self.whitened.mT @ by_value)
+        gradient = gradient.to(self.factor.dtype)
+        if self.left is not None and self.right is not None and self.right.shape[-2] <= self.right.shape[-1]:
+            assert self.whitened is not None
+            # S = left right with left = P K', and M = P (X - K' dL/dV): no product need be wider than the n rows.
+            by_value = torch.cholesky_solve(self.left.mT @ gradient, self.factor)
+            inner = whiten(gradient @ self.right.mT) - self.whitened.mT @ (by_value @ self.right.mT)
+            inner, shift = whiten(inner), self.left  # M right', and <M right', left> is <M, S>
         else:
-            inner = whiten(torch.cholesky_solve(pulled, self.factor))
-            by_value = keys.to(inner.dtype) @ inner
+            pulled, shift = whiten(gradient), self.matrix()
+            if self.whitened is not None:
+                by_value = torch.cholesky_solve(self.whitened @ pulled, self.factor)
+                inner = whiten(pulled - self.whitened.mT @ by_value)
+            else:
+                inner = whiten(torch.cholesky_solve(pulled, self.factor))
+                by_value = keys.to(inner.dtype) @ inner
         by_lambda = -penalty.lam * (inner * shift).sum((-2, -1))
         by_mu = -penalty.mu * (inner * penalty.preserved.times(shift)).sum((-2, -1))
         return by_value, by_lambda, by_mu

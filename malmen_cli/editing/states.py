@@ -3,47 +3,51 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from malmen_cli.base.spill import Spill
 
-# What is kept of a prompt: the input of the first block that runs, and what an encoder in front of it gave.
+# What is kept of a prompt: of its key, the input of the first block that runs and what an encoder in front of it gave;
+# of an edit, its rows on the base (see training.rows).
 Kept = tuple[Tensor, ...]
 Key = tuple[tuple[int, ...], tuple[int, ...]]  # Encoded.key
 
 
 class States:
-    """Kept states by prompt: at most `memory` bytes of them, and of those least recently used `disk` bytes more."""
+    """Kept tensors by prompt: at most `memory` bytes of them, and of those least recently used `disk` bytes more."""
 
     def __init__(self, memory: int, disk: int, device: torch.device) -> None:
         self._room, self._device = (memory, disk), device
-        self._held: OrderedDict[Key, Kept] = OrderedDict()
+        self._held: OrderedDict[Hashable, Kept] = OrderedDict()
         self.clear()
 
     def clear(self) -> None:
         self._held.clear()
         self._free, disk = self._room
         self._spill = Spill(disk)
-        self._parts = 0  # of every prompt's
 
-    def get(self, key: Key) -> Kept | None:
+    def get(self, key: Hashable) -> Kept | None:
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key]
         # What was spilled stays on disk: in a pass over all facts each is asked for once.
-        found = [self._spill.get((key, place), self._device) for place in range(self._parts)]
-        states = tuple(state for state in found if state is not None)
-        return states if states and len(states) == self._parts else None
+        found: list[Tensor] = []  # parts, which come and go together
+        for part in count():
+            if (state := self._spill.get((key, part), self._device)) is None:
+                break
+            found.append(state)
+        return tuple(found) or None
 
-    def keep(self, states: Mapping[Key, Kept]) -> None:
+    def keep(self, states: Mapping[Any, Kept]) -> None:
         for key, state in states.items():
             self._free -= _bytes(state) - (_bytes(self._held[key]) if key in self._held else 0)
             self._held[key] = state
-            self._parts = len(state)
-        gone: dict[tuple[Key, int], Tensor] = {}
+        gone: dict[tuple[Hashable, int], Tensor] = {}
         while self._free < 0 and len(self._held) > 1:
             key, kept = self._held.popitem(last=False)
             gone |= {(key, place): state for place, state in enumerate(kept)}

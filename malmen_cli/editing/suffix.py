@@ -91,7 +91,7 @@ class Suffix:
             "attention_mask": _mask(starts, self._front, length, self._runner.base.dtype),
             "position_ids": starts[:, None] + (batch.mask.cumsum(-1) - 1).clamp(min=0),
         }
-        return self._runner.forward(batch, self._active, (hidden,), options=options), batch
+        return self._runner.forward(batch, self._active, (hidden,), options=options, narrow=True), batch
 
 
 def way_to_run(runner: Runner, block: int, longest: int) -> Callable[[Runner, int, Sequence[Encoded]], Moved]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from malmen_cli.training.calibration import Calibration, calibrate, preserve
 from malmen_cli.training.facts import Cohort, Draw, Example, cohorts, draw, random_sample
 from malmen_cli.training.history import Best, Finished, Progress
 from malmen_cli.training.objective import MetaLoss, References, meta_loss
+from malmen_cli.training.rows import BaseRows
 from malmen_cli.training.settings import TrainingSettings
 from malmen_cli.training.validation import AtSizes, Validation, climb, validate
 
@@ -63,6 +63,7 @@ class Trainer:
         self.optimizer = self._optimizer()
         self.cohorts = cohorts(self.train, min(COHORT, settings.meta_facts, *settings.facts_per_step), seed)
         self.references = References(runner, settings.continuation, batch_size)
+        self.rows = BaseRows(runner, editor.names, editor.settings.tokens, batch_size)
         own = not all(any(e.probes for e in group) for group in (*self.cohorts, *self._parts(PARTS)))
         self._own_probes = own_probes(runner.base, seed) if own else []
         self.references.keep_company(self._own_probes)
@@ -193,8 +194,11 @@ class Trainer:
         """One shift of all edits, made in the editor's passes, and the captured rows and solutions of each pass."""
         tokens, shift, passes = self.editor.settings.tokens, None, []
         for _ in range(self.editor.settings.passes):
-            with applied(self.runner.model, shift) if shift is not None else nullcontext():
-                parts = list(edit_rows(self.runner, edits, self.editor.names, self.batch_size, tokens, keep=True))
+            if shift is None:
+                parts = self.rows.of(edits)
+            else:
+                with applied(self.runner.model, shift):
+                    parts = list(edit_rows(self.runner, edits, self.editor.names, self.batch_size, tokens, keep=True))
             captured = [gather(group, parts) for group in self.editor.groups]
             more, solutions = self.method.joined(captured)
             shift = more if shift is None else shift.plus(more)
@@ -239,7 +243,9 @@ class Trainer:
 
     def _keep_company(self, group: Cohort) -> None:
         """What a later step computes for one fact of a cohort it computes for all of them."""
-        self.runner.keep_company([example.edit for example in group], self.batch_size)
+        edits = [example.edit for example in group]
+        self.runner.keep_company(edits, self.batch_size)
+        self.rows.keep_company(edits)
         for place in range(max(len(example.rephrases) for example in group)):
             self.runner.keep_company([e.rephrases[place] for e in group if place < len(e.rephrases)], self.batch_size)
         for place in range(max(len(example.probes) for example in group)):

@@ -335,6 +335,26 @@ def test_weight_gradients_are_autograd_s(load: Callable, facts: Callable, family
         torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weight_gradients_in_halves_are_summed_in_fp32(load: Callable, facts: Callable, dtype: str) -> None:
+    """Against the sum in fp64 of the very keys and gradients: bfloat16 is rounded once, float16, which has no room for
+    such small numbers, not at all."""
+    base = load("llama", dtype=dtype)
+    edits, names = facts(base.tokenizer, 5), default_modules(base.model, 2)
+    runner = Runner(base)
+    small = lambda logits, batch: fact_loss(logits, batch) * 1e-2  # noqa: E731
+    with torch.enable_grad(), watching(base.model, names, gradients=True) as (inputs, outputs):
+        loss = small(*runner.logits(edits))
+        pulls = torch.autograd.grad(loss, [outputs[name] for name in names])
+    _, found = weight_gradients(runner, edits, names, small)
+    for name, pull in zip(names, pulls, strict=True):
+        keys, pull = (tensor.flatten(0, -2).double() for tensor in (inputs[name], pull))
+        wanted, tolerance = keys.mT @ pull, 2**-8 if dtype == "bfloat16" else 1e-5
+        apart = (found[name].double() - wanted).norm() / wanted.norm()
+        assert found[name].dtype == torch.float32
+        assert float(apart) <= tolerance
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 

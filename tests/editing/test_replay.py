@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import malmen_cli.editing.replay as replay_module
 from malmen_cli.base.batch import Batch, make_batch
 from malmen_cli.base.families import default_modules, second_matrix, stacks
-from malmen_cli.base.model import Base
+from malmen_cli.base.model import Base, load_base
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing.blocks import SHORT
-from malmen_cli.editing.capture import edit_rows
+from malmen_cli.editing.capture import edit_rows, watching
 from malmen_cli.editing.replay import Runner
 
 FAMILIES = ("gpt2", "gptj", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma", "phi")
@@ -38,10 +38,15 @@ def count_runs(module: nn.Module) -> list[int]:
     return sizes
 
 
+def runner_leaf(runner: Runner, index: int) -> str:
+    """The name of the second MLP matrix of a block."""
+    (stack,) = stacks(runner.model)
+    return second_matrix(runner.model, stack, index)
+
+
 def block_leaf(runner: Runner, index: int) -> nn.Module:
     """The second MLP matrix of a block."""
-    (stack,) = stacks(runner.model)
-    return runner.model.get_submodule(second_matrix(runner.model, stack, index))
+    return runner.model.get_submodule(runner_leaf(runner, index))
 
 
 def gemma2(layers: int = 4, cap: float = 0.7) -> Base:
@@ -210,11 +215,56 @@ def test_replay_in_half_precision(load: Callable, dtype: str) -> None:
     torch.testing.assert_close(mine, theirs, rtol=0, atol=0.03 * float(theirs.abs().max()))
 
 
+# ---------------------------------------------------------------- the last MLP
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_mlp_sees_the_positions_of_logits_alone(
+    load: Callable, family: str, first: int, gradients: bool
+) -> None:
+    """And every token where it is watched, or what comes behind it is; OPT's is no module of its own."""
+    runner = Runner(load(family, layers=4), first)
+    with watching(runner.model, [runner_leaf(runner, 3)], gradients=gradients) as (inputs, _):
+
+        def tokens(**options: Any) -> int:
+            runner.logits(SEQUENCES, **options)
+            return next(iter(inputs.values())).flatten(0, -2).shape[0]
+
+        whole, positions = len(SEQUENCES) * 11, 12
+        assert tokens() == (whole if family == "opt" else positions)
+        assert tokens(everywhere=True) == whole
+        assert tokens(behind=(3, lambda states: states)) == whole
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_an_mlp_that_looks_around_sees_every_token(tiny_model_factory, first: int) -> None:
+    base = load_base(str(tiny_model_factory("llama", layers=4)), device="cpu")
+
+    class Shifted(nn.Module):
+        def __init__(self, mlp: nn.Module) -> None:
+            super().__init__()
+            self.down_proj, self.mlp = mlp.down_proj, mlp
+
+        def forward(self, states: Tensor) -> Tensor:
+            return self.mlp(states + nn.functional.pad(states, (0, 0, 1, -1)))  # and the token in front
+
+    base.model.model.layers[3].mlp = Shifted(base.model.model.layers[3].mlp)
+    runner = Runner(base, first)
+    assert runner.replaying == (first > 0)
+    assert runner._last_mlp is None
+    with torch.no_grad():
+        logits, batch = runner.logits(SEQUENCES)
+        whole = runner.full_logits(batch)
+    torch.testing.assert_close(logits, whole, rtol=1e-5, atol=1e-5)
+
+
 # ---------------------------------------------------------------- kept states
 
 
 def states_of(runner: Runner) -> dict[tuple[int, ...], Tensor]:
-    return {ids: state for (_, ids), (state,) in runner._states._held.items()}
+    return {ids: state for (_, ids), (state,) in runner.states._held.items()}
 
 
 def test_kept_states_are_bounded_and_the_oldest_go_first(load: Callable) -> None:
@@ -361,8 +411,6 @@ def unreplayable(how: str, base: Base) -> None:
 
 @pytest.mark.parametrize("how", ["needs", "uses", "shares"])
 def test_a_model_that_cannot_replay_runs_in_full(tiny_model_factory, how: str) -> None:
-    from malmen_cli.base.model import load_base
-
     base = load_base(str(tiny_model_factory("llama", layers=4)), device="cpu")
     unreplayable(how, base)
     runner = Runner(base, 2)
@@ -375,8 +423,6 @@ def test_a_model_that_cannot_replay_runs_in_full(tiny_model_factory, how: str) -
 
 
 def test_blocks_that_name_their_input_otherwise_run_in_full(tiny_model_factory) -> None:
-    from malmen_cli.base.model import load_base
-
     base = load_base(str(tiny_model_factory("llama", layers=4)), device="cpu")
     inner = base.model.model
 
@@ -412,8 +458,6 @@ def test_blocks_that_name_their_input_otherwise_run_in_full(tiny_model_factory) 
 
 def test_a_wrapped_forward_of_a_block_is_put_back(tiny_model_factory) -> None:
     """accelerate, for one, keeps a forward of its own on the blocks."""
-    from malmen_cli.base.model import load_base
-
     base = load_base(str(tiny_model_factory("llama", layers=4)), device="cpu")
     calls = []
     for block in base.model.model.layers:

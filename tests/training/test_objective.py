@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+import malmen_cli.training.objective as objective_module
 from malmen_cli.base.batch import make_batch
 from malmen_cli.base.model import Base
 from malmen_cli.base.prompts import Encoded
@@ -154,10 +155,17 @@ def test_an_unedited_model_has_not_moved(tiny_base: Base, prompts: list[Encoded]
     assert float(found.gradients[MODULE].abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize("rows", [1, 5, 32])
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_gradients_are_those_of_the_weighted_loss(
-    tiny_base: Base, make_facts: MakeFacts, prompts: list[Encoded], batch_size: int
+    tiny_base: Base,
+    make_facts: MakeFacts,
+    prompts: list[Encoded],
+    batch_size: int,
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(objective_module, "ROWS", rows)
     runner = Runner(tiny_base, 1)
     wordings = [e.edit for e in encode_examples(tiny_base.task, make_facts(6), end_of_text=True)]
     references = References(runner, 3, 4).of(prompts[:5])

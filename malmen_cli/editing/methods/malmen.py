@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from malmen_cli.base import ranks
+from malmen_cli.base.memory import trim_heap
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing.capture import Rows, edit_rows, row_count
 from malmen_cli.editing.editor import Editor, Group
@@ -80,6 +81,7 @@ class Malmen:
                 facts = sum(int(part.owners.unique().numel()) for part in groups[-1].own(chunk))
                 progress(ranks.count() * facts)
             chunk.clear()  # its rows are in the sums; the next chunk fills while this name still holds the list
+            trim_heap()
         modules: dict[str, ModuleShift] = {}
         orders: set[tuple[int, ...]] = set()
         residuals = []
