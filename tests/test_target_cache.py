@@ -26,7 +26,7 @@ from malmen_cli.facts.fact import Fact
 from malmen_cli.insertion import Insertion, memit_shift, prepare
 
 SETTINGS = MemitSettings(blocks=(0,), steps=3, lr=0.1, prefixes=0, stats_tokens=60, stop_loss=0.0)
-BATCH = 8  # prompts: chunks of four facts
+BATCH = 4  # facts, of one context each
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def same(one: Shift, other: Shift) -> bool:
 def test_what_was_found_is_not_looked_for_again(base: Base, facts: list[Fact], searched: list[int]) -> None:
     notes: list[str] = []
     first = shift_of(base, facts, note=notes.append)
-    assert sorted(searched) == [2, 4, 4]
+    assert sorted(searched) == [3, 3, 4]
     assert "earlier" not in notes[-1]
     assert same(shift_of(base, facts, note=notes.append), first)
     assert notes[-1].endswith(", 10 found by an earlier run")
@@ -157,7 +157,7 @@ def test_facts_of_one_subject_do_not_take_over_each_other_s_rounding(
     monkeypatch.setattr(Runner, "forward", counted)
     find_targets(front, 1, wordings, settings, batch_size=BATCH)
     assert [wordings[0].essence.ids[:-1] in batch for batch in batches] == [True] * 3
-    assert sorted(map(len, batches)) == [3, 5, 5]  # the edits of two or four facts, and what they share
+    assert sorted(map(len, batches)) == [4, 4, 5]  # the edits of three or four facts, and what they share
 
 
 def test_a_run_that_was_killed_goes_on(base: Base, facts: list[Fact], searched: list[int]) -> None:

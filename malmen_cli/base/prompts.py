@@ -147,13 +147,16 @@ def check_room(length: int, room: int | None, field: str = "prompt") -> None:
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `batch_size`, longest first, neighbours in length together.
+    """Indices in as few batches of at most `batch_size` as there can be, of one size but for one, longest first,
+    neighbours in length together.
 
-    Longest first, so that memory runs out on the first batch or never.
+    Longest first, so that memory runs out on the first batch or never. Of one size, since a few that are left over
+    would take as long as many.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    batches = -(-len(order) // batch_size)
+    for batch in range(batches):
+        yield order[batch * len(order) // batches : (batch + 1) * len(order) // batches]
 
 
 def _continuation(tokenizer: Any, text: str, tail: str, head: tuple[int, ...]) -> tuple[int, ...]:

@@ -123,7 +123,7 @@ def find_targets(
     """The targets of `facts` behind `block`, in their order; on the device of the model.
 
     runner: from `block` on (or earlier), so that what is in front runs once a chunk. batch_size: prompts a forward;
-    a chunk is as many facts as have that many wordings. A chunk that does not fit in memory is halved. kept: chunks
+    a chunk is as many facts as have that many contexts. A chunk that does not fit in memory is halved. kept: chunks
     found earlier are taken from there; only whole ones, so that it changes the time taken and no bit of the result. Of
     several ranks, each looks for its share of the targets.
     Raises FactNumericsError, MemoryLimitError when one fact does not fit.
@@ -132,7 +132,7 @@ def find_targets(
     several = 1 < ranks.count() <= len(facts)
     own = ranks.share(len(facts)) if several else range(len(facts))
     longest = [max(len(s.ids) - (s.subject or 0) for s in facts[i].sequences) for i in own]  # of what runs again
-    size = max(1, batch_size // max((len(fact.sequences) for fact in facts), default=1))
+    size = max(1, batch_size // max((len(fact.contexts) for fact in facts), default=1))
     parts: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
     # Told by a chunk's own tokens, so that no bit of it depends on other chunks; and only where one is run.
     way = cache(partial(way_to_run, runner, block))

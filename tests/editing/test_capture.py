@@ -386,7 +386,7 @@ def test_the_fact_to_blame_is_named_by_its_place_in_the_sequence(load: Callable,
         weight.data[31] = kept
 
 
-@pytest.mark.parametrize("batch_size", [4, 8])
+@pytest.mark.parametrize("batch_size", [5, 9])
 @pytest.mark.parametrize("fits", [1, 2, 3])
 def test_a_batch_that_does_not_fit_is_halved(
     load: Callable, facts: Callable, monkeypatch: pytest.MonkeyPatch, batch_size: int, fits: int

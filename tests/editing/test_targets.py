@@ -190,7 +190,7 @@ def test_how_a_chunk_is_run_is_told_by_its_own_tokens(load: Load, monkeypatch: p
     monkeypatch.setattr(targets_module, "way_to_run", way)
     base = load("llama", layers=4)
     facts = wordings(base, ())
-    find_targets(Runner(base, 1), 1, facts, replace(SETTINGS, steps=1), batch_size=2)
+    find_targets(Runner(base, 1), 1, facts, replace(SETTINGS, steps=1), batch_size=1)
     assert sorted(asked) == sorted({max(len(s.ids) for s in fact.sequences) for fact in facts})
     assert len(asked) > 1
 
