@@ -73,7 +73,7 @@ class Speed:
         """The paper's last blocks in one pass, and the editor that `malmen apply` would use with its own passes."""
         edits = encode_edits(self.base, self.facts, end_of_text=True)
         rows = []
-        for name, ready in self._editors():
+        for name, ready in self.editors():
             work = partial(make_shift, self.base, ready, self.facts, batch_size=self.batch_size)
             times = interleaved(work, partial(plain_forward, self.base, edits, self.batch_size), self.repeats)
             note = f"{len(self.facts):,} facts, {len(ready.editor.names)} modules, {ready.settings.passes} passes"
@@ -82,7 +82,7 @@ class Speed:
 
     def step(self) -> list[Row]:
         """Training steps of ours and of the textbook in turn, on the same draw; losses side by side."""
-        trainer = self._trainer()
+        trainer = self.trainer()
         book = Textbook(
             self.base.model,
             [list(group.names) for group in trainer.editor.groups],
@@ -196,7 +196,7 @@ class Speed:
             timed.run(run)
         return timed
 
-    def _editors(self) -> list[tuple[str, Ready]]:
+    def editors(self) -> list[tuple[str, Ready]]:
         sample, untrained = self.facts[:64], replace(paper(self.base), network="identity")
         found = [("one pass", calibrated_identity(self.base, sample, untrained, seed=0, batch_size=self.batch_size))]
         own = find_ready(self.base, Spec("malmen"), None)
@@ -205,7 +205,7 @@ class Speed:
             found += [("the base's own editor, one pass", replace(own, editor=once)), ("the base's own editor", own)]
         return found
 
-    def _trainer(self) -> Trainer:
+    def trainer(self) -> Trainer:
         """An editor of the paper's last blocks, and a training whose every step takes the same facts."""
         count = self.step_facts
         settings = paper(self.base)

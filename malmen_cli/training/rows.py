@@ -29,19 +29,21 @@ class BaseRows:
         self._runner, self._names, self._tokens, self._batch_size = runner, list(names), tokens, batch_size
         self._stacks = runner.by_stack(names)
         self._widths = {name: matrix_shape(runner.model.get_submodule(name)) for name in names}
-        self._company: dict[Encoded, Sequence[Encoded]] = {}
+        self._company: dict[Encoded, Sequence[Encoded]] = {}  # nobody's, where the rows are another rank's to capture
 
     def keep_company(self, edits: Sequence[Encoded]) -> None:
-        """Have the rows of these facts captured together (see Runner.keep_company)."""
+        """Have the rows of these facts captured together (see Runner.keep_company); of several ranks, each captures the
+        same share of them ever after."""
         fresh = tuple(dict.fromkeys(edit for edit in edits if edit not in self._company))
         for company in chunked(fresh, self._batch_size):
-            self._company |= dict.fromkeys(company, company)
+            own = [company[i] for i in ranks.share(len(company))]
+            self._company |= dict.fromkeys(company, ()) | dict.fromkeys(own, own)
 
     def of(self, edits: Sequence[Encoded]) -> list[Rows]:
-        """What `edit_rows` gives, in one Rows a stack, but for the modules' outputs, which are not kept. The base must
-        be unedited while this runs. Raises as `edit_rows` does."""
+        """What `edit_rows` gives of this rank's share, in one Rows a stack, but for the modules' outputs, which are not
+        kept. The base must be unedited while this runs. Raises as `edit_rows` does."""
         self.keep_company(edits)
-        own = list(ranks.share(len(edits)))
+        own = [i for i, edit in enumerate(edits) if self._company[edit]]
         found: dict[Encoded, Kept] = {}
         for edit in dict.fromkeys(edits[i] for i in own):
             if edit not in found:
