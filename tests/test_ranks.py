@@ -73,6 +73,9 @@ def test_sums_collections_and_shares() -> None:
         named = ranks.spread(["a", "b", "c"], lambda mine: [[letter, None, 0.1] for letter in mine])
         mine = torch.full((2,), float(len(own)))
         ranks.same(mine)
+        whole = [torch.arange(2 * size).reshape(2, size) for size in (5, 1)]
+        back = [ranks.rejoined(each[:, list(ranks.share(each.shape[1]))], each.shape[1], 1) for each in whole]
+        assert all(torch.equal(one, other) for one, other in zip(back, whole, strict=True))
         return [total.tolist(), rows.tolist(), list(empty.shape), named, mine.tolist()]
 
     one, other = on_ranks(work)

@@ -78,6 +78,14 @@ def collected(tensor: Tensor, dim: int = 0) -> Tensor:
     return found.movedim(0, dim).contiguous()
 
 
+def rejoined(tensor: Tensor, size: int, dim: int = 0) -> Tensor:
+    """The whole of `size` things along `dim`, of which each rank's tensor has its `share`, in their order."""
+    if not _several():
+        return tensor
+    order = torch.cat([torch.arange(rank, size, count()) for rank in range(count())])
+    return collected(tensor, dim).index_select(dim, order.argsort().to(tensor.device))
+
+
 def spread(items: Sequence[T], work: Callable[[Sequence[T]], Sequence[Any]]) -> list[Any]:
     """`work(items)`, each rank doing its share; what JSON makes of a result (lists of tuples) with several ranks."""
     if not _several():

@@ -35,11 +35,19 @@ class Captured:
     owners: Tensor
     roles: Tensor
 
+    def of(self, rows: slice) -> Captured:
+        """Some of the rows."""
+        return Captured(self.keys[:, rows], self.gradients[:, rows], self.owners[rows], self.roles[rows])
+
     def split(self, size: int) -> Iterator[Captured]:
         """The rows, at most `size` at a time."""
         for start in range(0, len(self.roles), size):
-            rows = slice(start, start + size)
-            yield Captured(self.keys[:, rows], self.gradients[:, rows], self.owners[rows], self.roles[rows])
+            yield self.of(slice(start, start + size))
+
+    def share(self) -> slice:
+        """The rows that are this rank's where all ranks have all of them."""
+        share = ranks.share(len(self.roles))
+        return slice(share.start, share.stop, share.step)
 
 
 class Malmen:
@@ -114,7 +122,10 @@ class Malmen:
         return torch.cat([k for k, _ in pairs], 1).mT, right
 
     def joined(self, captured: Sequence[Captured]) -> tuple[Shift, list[Solution | None]]:
-        """The dense shift of captured rows, one Captured a group, and what `pull_back` needs of each solve."""
+        """The dense shift of captured rows, one Captured a group, and what `pull_back` needs of each solve.
+
+        Every rank has all rows: each runs the network on its share of them, and all solve.
+        """
         modules: dict[str, ModuleShift] = {}
         solutions: list[Solution | None] = []
         for group, rows in zip(self.editor.groups, captured, strict=True):
@@ -123,7 +134,9 @@ class Malmen:
                 matrices = left @ right
                 solutions.append(None)
             else:
-                solution = solve(rows.keys, self.value_shifts(group, rows), group.penalty(len(rows.roles)))
+                values = self.value_shifts(group, rows.of(rows.share()))
+                values = ranks.rejoined(values, len(rows.roles), 1)
+                solution = solve(rows.keys, values, group.penalty(len(rows.roles)))
                 matrices = solution.matrix().float()
                 solutions.append(solution)
             layouts = self.editor.layouts
@@ -136,15 +149,14 @@ class Malmen:
         Ridge: `<dL/dV, V(theta)>` with dL/dV from the solve, and the closed forms for log lambda and log mu.
         Sum (MEND): `<dL/dS, S(theta)>` directly.
         """
-        network = group.network
+        network, own = group.network, captured.share()
         by_value: Tensor | None = None
         if solution is not None:
             by_value, by_lambda, by_mu = solution.pull_back(captured.keys, gradient)
-            _accumulate(network.log_lambda, by_lambda)
-            _accumulate(network.log_mu, by_mu)
-            by_value = by_value.to(captured.keys.dtype)
+            by_value = by_value.to(captured.keys.dtype)[:, own]
+        sums = [torch.zeros_like(parameter) for parameter in network.parameters()]
         done = 0
-        for part in captured.split(self.chunk):
+        for part in captured.of(own).split(self.chunk):
             with torch.enable_grad():
                 if by_value is not None:
                     values = network.value_shifts(part.keys, part.gradients, part.roles, damped=self.damped)
@@ -152,8 +164,17 @@ class Malmen:
                 else:
                     pseudo_keys, pseudo_gradients = network.features(part.keys, part.gradients, part.roles)
                     loss = -((pseudo_keys @ gradient) * pseudo_gradients * network.steps(part.roles)).sum()
-            loss.backward()
+            found = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
+            for total, more in zip(sums, found, strict=True):
+                if more is not None:
+                    total += more
             done += len(part.roles)
+        ranks.add_up(*sums)
+        for parameter, total in zip(network.parameters(), sums, strict=True):
+            _accumulate(parameter, total)
+        if solution is not None:
+            _accumulate(network.log_lambda, by_lambda)
+            _accumulate(network.log_mu, by_mu)
 
 
 def gather(group: Group, parts: Iterable[Rows]) -> Captured:
