@@ -116,7 +116,9 @@ class Speed:
 
         with suppress(_Enough):
             trainer.run(after, lambda: None)
-        note = f"{self.step_facts} facts, {len(trainer.editor.names)} modules; losses within {max(apart):.1e}"
+        note = (
+            f"{self.step_facts} facts seen before, {len(trainer.editor.names)} modules; losses within {max(apart):.1e}"
+        )
         return [Row("training step", 8.0, mine, theirs, faster=True, note=note)]
 
     def targets(self) -> list[Row]:

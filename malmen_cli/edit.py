@@ -21,10 +21,11 @@ from malmen_cli.editing.capture import row_count
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.methods.finetune import Finetune, tuned_module
 from malmen_cli.editing.methods.malmen import Malmen
-from malmen_cli.editing.replay import SPILL_BYTES, Runner, edit_cache
+from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, from_mapping
 from malmen_cli.editing.shift import Shift, applied
 from malmen_cli.editing.spec import FinetuneSpec, MemitSpec, Spec
+from malmen_cli.editing.states import SPILL_BYTES, edit_cache
 from malmen_cli.exceptions import EditorError, SpecError, naming
 from malmen_cli.facts.fact import Fact
 from malmen_cli.identity import untrained_editor
@@ -253,7 +254,7 @@ def _in_passes(
 
 def _keeping(base: Base, memory: int | None) -> dict[str, int]:
     """Where a Runner keeps the blocks' outputs: in memory, and beyond it on disk."""
-    return {"cache_bytes": edit_cache(base) if memory is None else memory, "spill_bytes": SPILL_BYTES}
+    return {"cache_bytes": edit_cache(base.device) if memory is None else memory, "spill_bytes": SPILL_BYTES}
 
 
 def manifest(

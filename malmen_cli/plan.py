@@ -15,9 +15,9 @@ from malmen_cli.edit import encode_edits, finishing, trained_or_none
 from malmen_cli.editing.capture import row_count
 from malmen_cli.editing.methods.finetune import tuned_module
 from malmen_cli.editing.methods.memit import memit_modules
-from malmen_cli.editing.replay import edit_cache
 from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings
 from malmen_cli.editing.spec import FinetuneSpec, MemitSpec, Spec
+from malmen_cli.editing.states import edit_cache
 from malmen_cli.facts.fact import Fact
 from malmen_cli.insertion import encode_wordings
 from malmen_cli.key_statistics import Text, counted, missing_statistics
@@ -123,7 +123,7 @@ def _tuning_plan(base: Base, edits: Sequence[Encoded], settings: FinetuneSetting
     name = tuned_module(base.model, settings)
     dk, dv = matrix_shape(base.model.get_submodule(name))
     tokens = sum(edit.length for edit in edits)
-    kept = min(edit_cache(base), tokens * base.model.get_input_embeddings().embedding_dim * base.dtype.itemsize)
+    kept = min(edit_cache(base.device), tokens * base.model.get_input_embeddings().embedding_dim * base.dtype.itemsize)
     memory = 5 * 4 * dk * dv + kept + _forward_bytes(base, edits, min(batch_size, settings.batch_facts))
     # Every token's key is in the gradient, not those of answers alone.
     return Plan({name: (dk, dv)}, len(edits), tokens, tokens, memory, settings.passes, tuned=True)

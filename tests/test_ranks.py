@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from malmen_cli.base.model import Base, load_base
 from malmen_cli.cli.errors import main
 from malmen_cli.edit import Ready, Tuning, calibrated_identity, make_shift
 from malmen_cli.editing.editor import Editor
+from malmen_cli.editing.methods.malmen import Captured, Malmen
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings
 from malmen_cli.exceptions import RankError
@@ -181,6 +183,34 @@ def test_the_same_calibration_training_and_validation(tiny_gpt2: Path) -> None:
     torch.testing.assert_close(torch.tensor(one[1]), torch.tensor(wanted[1]), rtol=1e-4, atol=1e-6)
     assert one[2] == wanted[2]
     assert apart(torch.from_numpy(one[3]), torch.from_numpy(wanted[3])) <= 1e-3
+
+
+@pytest.mark.parametrize("aggregation", ["ridge", "sum"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_same_step_with_fewer_rows_than_ranks(tiny_gpt2: Path, aggregation: str, rows: int) -> None:
+    base = load_base(str(tiny_gpt2), device="cpu")
+    settings = replace(SETTINGS, aggregation=aggregation, rounds=1)
+
+    def worked() -> Any:
+        editor = Editor.fresh(base.model, settings)
+        generator, (group,) = torch.Generator().manual_seed(0), editor.groups
+        with torch.no_grad():
+            for parameter in group.network.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        sizes = [(len(group.names), rows, width) for width in (group.dk, group.dv)]
+        keys, gradients = (torch.randn(size, generator=generator) for size in sizes)
+        roles = torch.arange(rows) % group.network.roles
+        captured, method = Captured(keys, gradients, torch.arange(rows), roles), Malmen(editor)
+        shift, (solution,) = method.joined([captured])
+        upstream = torch.randn(len(group.names), group.dk, group.dv, generator=generator)
+        method.pull_back(group, captured, upstream, solution)
+        pulled = torch.cat([p.grad.flatten() for p in group.network.parameters() if p.grad is not None])
+        return torch.stack([m.matrix() for m in shift.modules.values()]).numpy(), pulled.numpy()
+
+    wanted = worked()
+    for found in on_ranks(worked, 3):
+        for mine, theirs in zip(found, wanted, strict=True):
+            assert apart(torch.from_numpy(mine), torch.from_numpy(theirs)) <= CLOSE
 
 
 def test_the_same_answers_and_calibrated_identity(tiny_gpt2: Path) -> None:

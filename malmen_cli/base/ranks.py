@@ -1,8 +1,9 @@
 """Several processes on one run, as torchrun and `accelerate launch` start them.
 
-Every rank knows all facts, runs the language model on its share of them, and adds up or collects what came out; from
-there on all ranks do the same, and a training takes the first one's parameters after every step. With one process each
-function here is its plain counterpart. What is exchanged is tensors and JSON, never pickles.
+Every rank knows all facts, runs the language model on its share of them, and adds up or collects what came out; a
+training also shares the network's rows. What is left, solves above all, each rank does for itself, and a training takes
+the first one's parameters after every step. With one process each function here is its plain counterpart. What is
+exchanged is tensors and JSON, never pickles.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def rejoined(tensor: Tensor, size: int, dim: int = 0) -> Tensor:
     """The whole of `size` things along `dim`, of which each rank's tensor has its `share`, in their order."""
     if not _several():
         return tensor
-    order = torch.cat([torch.arange(rank, size, count()) for rank in range(count())])
+    order = torch.tensor([each for rank in range(count()) for each in range(rank, size, count())], dtype=torch.long)
     return collected(tensor, dim).index_select(dim, order.argsort().to(tensor.device))
 
 

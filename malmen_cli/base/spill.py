@@ -39,6 +39,9 @@ class Spill:
     def __len__(self) -> int:
         return len(self._places)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._places
+
     def add(self, tensors: Mapping[Any, Tensor]) -> None:
         """Keep tensors that are not kept yet, in one file. Nothing is raised where they cannot be."""
         fresh = {key: tensor for key, tensor in tensors.items() if key not in self._places}

@@ -65,29 +65,6 @@ def passing(block: nn.Module, extras: int, given: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def only_at(part: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Have a part of a block that treats every token by itself see those at (rows, columns) alone, and give 0 for the
-    others of (B, T, width)."""
-    shape: list[int] = []
-
-    def narrow(module: nn.Module, args: Any) -> Any:
-        states, *others = args
-        shape[:] = states.shape[:-1]
-        return states[rows.to(states.device), columns.to(states.device)][None], *others
-
-    def widen(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        places = rows.to(output.device), columns.to(output.device)
-        return output.new_zeros(*shape, output.shape[-1]).index_put(places, output[0])
-
-    handles = [part.register_forward_pre_hook(narrow), part.register_forward_hook(widen)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
 def watch_input(block: nn.Module, seen: list[Tensor]) -> Iterator[None]:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         seen.append((args[0] if args else kwargs["hidden_states"]).detach())

@@ -17,33 +17,24 @@ import torch
 from torch import Tensor, nn
 
 from malmen_cli.base.batch import Batch
-from malmen_cli.base.families import Stack, second_matrix, stacks
+from malmen_cli.base.families import Stack, stacks
 from malmen_cli.base.memory import chunked, halving, out_of_memory
 from malmen_cli.base.model import Base, logits_at
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing.blocks import (
     SHORT,
     change_output,
-    only_at,
     passing,
     swap_input,
     watch_input,
     watch_output,
     written_out,
 )
-from malmen_cli.editing.states import Kept, Key, States
-from malmen_cli.exceptions import SpecError
+from malmen_cli.editing.last_mlp import alone_at, last_mlp, only_at
+from malmen_cli.editing.states import CACHE_BYTES, Kept, Key, States
 
-CACHE_BYTES = 2 << 30  # kept block inputs, beyond which the least recently used are spilled, or dropped and recomputed
-EDIT_CACHE_BYTES = 64 << 20  # of an edit on the CPU: each pass asks for a state once, which disk gives soon enough
-SPILL_BYTES = 64 << 30  # on disk, where spilling is asked for
 # Largest logit difference to a full forward, relative to the largest logit (2e-2 in half precision).
 REPLAY_TOLERANCE = 1e-3
-
-
-def edit_cache(base: Base) -> int:
-    """Bytes of block inputs that an edit keeps in memory unless told otherwise."""
-    return EDIT_CACHE_BYTES if base.device.type == "cpu" else CACHE_BYTES
 
 
 Behind = tuple[int, Callable[[Tensor], Tensor]]
@@ -53,7 +44,7 @@ class Runner:
     """Runs one base, from its embeddings or from block `first` on.
 
     `replaying` says whether the kept-state path was verified against the full forward on this model; where it
-    was not, every run is a full one. `states` holds what is kept of prompts, the runner's own and its users'.
+    was not, every run is a full one. `room`: bytes of kept states in memory, and of more of them on disk.
     """
 
     def __init__(self, base: Base, first: int = 0, *, cache_bytes: int = CACHE_BYTES, spill_bytes: int = 0) -> None:
@@ -65,14 +56,15 @@ class Runner:
         self.blocks = [block for stack in self.stacks for block in stack.blocks]
         self._extras = [-1] * len(self.blocks)  # how much each returns beside hidden states; -1: they come alone
         self._givers: dict[int, list[Any]] = {}  # outputs of the blocks that run for what they hand on
-        self.states = States(cache_bytes, spill_bytes, base.device)
+        self.room = cache_bytes, spill_bytes
+        self._states = States(*self.room, base.device)
         self._company: dict[Key, Sequence[Encoded]] = {}
-        self._last_mlp = self._find_last_mlp()
+        self._last_mlp = self._narrowable()
         self.replaying = self._verify() and first > 0  # in any case: it also notes what the blocks return
 
     def forget(self) -> None:
         """Drop what is kept of every prompt. What is asked from here on has the bits that it has in a new process."""
-        self.states.clear()
+        self._states.clear()
 
     def keep_company(self, sequences: Sequence[Encoded], batch_size: int | None = None) -> None:
         """Have the prefixes of these sequences computed together, whichever of them is asked for first, at most
@@ -163,19 +155,19 @@ class Runner:
         alone: dict[Key, Encoded] = {}
         for sequence in sequences:
             key = sequence.key
-            if (kept := self.states.get(key)) is not None:
+            if (kept := self._states.get(key)) is not None:
                 found[key] = kept
             elif key not in self._company:
                 alone[key] = sequence
             elif key not in found:
                 for company in halving(self._company[key], self._run_prefix):
                     found |= company
-                    self.states.keep(company)
+                    self._states.keep(company)
         if alone:
             fresh = self._run_prefix(tuple(alone.values()))
             found |= fresh
             if keep:
-                self.states.keep(fresh)
+                self._states.keep(fresh)
         rows = [found[sequence.key] for sequence in sequences]
         return tuple(
             self._padded([row[place] for row in rows], batch.mask_of(reads)) for place, reads in enumerate(self._read())
@@ -243,13 +235,16 @@ class Runner:
             if behind is not None:
                 place, change = behind
                 stack.callback(self.blocks[place].register_forward_hook(partial(change_output, change)).remove)
-            last = len(self.blocks) - 1
-            looked_at = behind is not None and behind[0] == last
-            if narrow and not looked_at and self._last_mlp is not None and last in active:
-                stack.enter_context(only_at(self._last_mlp, batch.rows, batch.columns))
+            if narrow and (mlp := self._last_mlp) is not None and self._unseen(active, behind):
+                stack.enter_context(only_at(mlp, batch.rows, batch.columns))
             gather = stack.enter_context(logits_at(self.model, batch.rows, batch.columns, states=heads))
             memory = kept[1] if kept is not None and len(kept) > 1 else None
             return gather(self.task.logits(self.model(**self.task.inputs(batch, memory) | (options or {}))))
+
+    def _unseen(self, active: range, behind: Behind | None) -> bool:
+        """Whether the last block runs and only the head sees what it gives."""
+        last = len(self.blocks) - 1
+        return last in active and (behind is None or behind[0] != last)
 
     def _left_out(self, index: int, block: nn.Module) -> AbstractContextManager[Any]:
         """Have a block pass its input on; but the first of a stack whose blocks hand something on (T5's position bias)
@@ -259,42 +254,38 @@ class Runner:
         given = next((given for first, given in sorted(self._givers.items(), reverse=True) if first < index), [])
         return passing(block, self._extras[index], given)
 
-    @torch.no_grad()
-    def _verify(self) -> bool:
-        """Whether replaying gives the full forward's logits on two sequences of unequal length."""
+    def _trials(self) -> list[list[Encoded]]:
+        """Two sequences of unequal length, and two of the same lengths and other tokens."""
         vocabulary = self.model.get_input_embeddings().num_embeddings
         tokens = [(7 * i + 3) % min(vocabulary, 1000) for i in range(9)]
-        trial = self.task.trial
-        sequences, others = ([trial(t), trial(t[2:7])] for t in (tokens, tokens[::-1]))
+        return [[self.task.trial(each), self.task.trial(each[2:7])] for each in (tokens, tokens[::-1])]
+
+    def _narrowable(self) -> nn.Module | None:
+        """The last block's MLP, if the logits of a trial say that it need not see every token."""
+        last = self.stacks[-1]
+        part, batch = last_mlp(self.model, last), self.task.batch(self._trials()[0], self.base.device)
+        shape, run = batch.mask_of(last.reads).shape, partial(self.full_logits, batch)
+        return part if part is not None and alone_at(part, shape, batch.rows, batch.columns, run) else None
+
+    @torch.no_grad()
+    def _verify(self) -> bool:
+        """Whether replaying gives the full forward's logits on trial sequences."""
+        sequences, others = self._trials()
         batch = self.task.batch(sequences, self.base.device)
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks):
                 stack.callback(block.register_forward_hook(partial(self._note_kind, index)).remove)
             full = self.full_logits(batch).float()
-        for mlp in dict.fromkeys((self._last_mlp, None)):
-            self._last_mlp = mlp
-            try:
-                prefix = self._prefix(sequences, batch, keep=False)
-                # Whatever a block hands to a later one beside its output is that of other tokens by now.
-                self.full_logits(self.task.batch(others, self.base.device))
-                replayed = self.forward(batch, range(self.first, len(self.blocks)), prefix, narrow=True).float()
-            except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-                if out_of_memory(error):
-                    raise
-                continue
-            if agree(full, replayed, self.base.dtype):
-                return True
-        return False
-
-    def _find_last_mlp(self) -> nn.Module | None:
-        """The part of the last block that has its second MLP matrix, if that is not the block itself."""
-        last = self.stacks[-1]
         try:
-            matrix = second_matrix(self.model, last, len(last.blocks) - 1)
-        except SpecError:
-            return None
-        part: nn.Module = self.model.get_submodule(matrix.rpartition(".")[0])
-        return None if part is last.blocks[-1] else part
+            prefix = self._prefix(sequences, batch, keep=False)
+            # Whatever a block hands to a later one beside its output is that of other tokens by now.
+            self.full_logits(self.task.batch(others, self.base.device))
+            replayed = self.forward(batch, range(self.first, len(self.blocks)), prefix, narrow=True).float()
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            if out_of_memory(error):
+                raise
+            return False
+        return agree(full, replayed, self.base.dtype)
 
     def _note_kind(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
         self._extras[index] = len(output) - 1 if isinstance(output, tuple) else -1

@@ -18,6 +18,16 @@ Kept = tuple[Tensor, ...]
 Key = tuple[tuple[int, ...], tuple[int, ...]]  # Encoded.key
 
 
+CACHE_BYTES = 2 << 30  # in memory, beyond which the least recently used are spilled, or dropped and recomputed
+EDIT_CACHE_BYTES = 64 << 20  # of an edit on the CPU: each pass asks for a state once, which disk gives soon enough
+SPILL_BYTES = 64 << 30  # on disk, where spilling is asked for
+
+
+def edit_cache(device: torch.device) -> int:
+    """Bytes of block inputs that an edit keeps in memory unless told otherwise."""
+    return EDIT_CACHE_BYTES if device.type == "cpu" else CACHE_BYTES
+
+
 class States:
     """Kept tensors by prompt: at most `memory` bytes of them, and of those least recently used `disk` bytes more."""
 
@@ -36,12 +46,13 @@ class States:
             self._held.move_to_end(key)
             return self._held[key]
         # What was spilled stays on disk: in a pass over all facts each is asked for once.
-        found: list[Tensor] = []  # parts, which come and go together
+        found: list[Tensor] = []  # parts, which are in one file
         for part in count():
             if (state := self._spill.get((key, part), self._device)) is None:
                 break
             found.append(state)
-        return tuple(found) or None
+        # Where the file went away in between, the parts that were read are gone from it too.
+        return tuple(found) if (key, 0) in self._spill else None
 
     def keep(self, states: Mapping[Any, Kept]) -> None:
         for key, state in states.items():

@@ -122,10 +122,10 @@ def find_targets(
 ) -> Targets:
     """The targets of `facts` behind `block`, in their order; on the device of the model.
 
-    runner: from `block` on (or earlier), so that what is in front runs once a chunk. batch_size: prompts a forward;
-    a chunk is as many facts as have that many contexts. A chunk that does not fit in memory is halved. kept: chunks
-    found earlier are taken from there; only whole ones, so that it changes the time taken and no bit of the result. Of
-    several ranks, each looks for its share of the targets.
+    runner: from `block` on (or earlier), so that what is in front runs once a chunk. batch_size: prompts a forward with
+    gradients; a chunk is as many facts as have that many contexts. A chunk that does not fit in memory is halved.
+    kept: chunks found earlier are taken from there; only whole ones, so that it changes the time taken and no bit of
+    the result. Of several ranks, each looks for its share of the targets.
     Raises FactNumericsError, MemoryLimitError when one fact does not fit.
     """
     # Fewer facts than ranks are not worth sharing: then every rank looks for all of them.

@@ -245,7 +245,7 @@ class Trainer:
         """What a later step computes for one fact of a cohort it computes for all of them."""
         edits = [example.edit for example in group]
         self.runner.keep_company(edits, self.batch_size)
-        self.rows.keep_company(edits)
+        self.rows.keep_company(edits, [example.id for example in group])
         for place in range(max(len(example.rephrases) for example in group)):
             self.runner.keep_company([e.rephrases[place] for e in group if place < len(e.rephrases)], self.batch_size)
         for place in range(max(len(example.probes) for example in group)):

@@ -17,26 +17,32 @@ from malmen_cli.base.memory import chunked, halving
 from malmen_cli.base.prompts import Encoded, by_length
 from malmen_cli.editing.capture import Rows, batch_rows, places
 from malmen_cli.editing.replay import Runner
-from malmen_cli.editing.states import Kept
+from malmen_cli.editing.states import Kept, States
 from malmen_cli.exceptions import FactNumericsError, NumericsError
 
 
 class BaseRows:
     """The rows of facts on the base, each captured once, always together with the same other facts, at most
-    `batch_size` at once. They are kept where the runner keeps its states, and within the same bounds."""
+    `batch_size` at once. They are kept on the host, in as many bytes as the runner's own states and apart from these: a
+    fact has more bytes of rows than of states, and loses less with them."""
 
     def __init__(self, runner: Runner, names: Sequence[str], tokens: str, batch_size: int) -> None:
         self._runner, self._names, self._tokens, self._batch_size = runner, list(names), tokens, batch_size
         self._stacks = runner.by_stack(names)
         self._widths = {name: matrix_shape(runner.model.get_submodule(name)) for name in names}
+        self._kept = States(*runner.room, torch.device("cpu"))
         self._company: dict[Encoded, Sequence[Encoded]] = {}  # nobody's, where the rows are another rank's to capture
+        self._ids: dict[Encoded, str] = {}
 
-    def keep_company(self, edits: Sequence[Encoded]) -> None:
-        """Have the rows of these facts captured together (see Runner.keep_company); of several ranks, each captures the
-        same share of them ever after."""
+    def keep_company(self, edits: Sequence[Encoded], ids: Sequence[str] = ()) -> None:
+        """Have the rows of these facts, of which one is called by its id when it is not finite, captured together (see
+        Runner.keep_company); of several ranks, each captures the same share of all facts ever after."""
+        self._ids = dict(zip(edits, ids, strict=False)) | self._ids
         fresh = tuple(dict.fromkeys(edit for edit in edits if edit not in self._company))
         for company in chunked(fresh, self._batch_size):
-            own = [company[i] for i in ranks.share(len(company))]
+            before = len(self._company)
+            share = ranks.share(before + len(company))
+            own = [edit for number, edit in enumerate(company, before) if number in share]
             self._company |= dict.fromkeys(company, ()) | dict.fromkeys(own, own)
 
     def of(self, edits: Sequence[Encoded]) -> list[Rows]:
@@ -47,12 +53,12 @@ class BaseRows:
         found: dict[Encoded, Kept] = {}
         for edit in dict.fromkeys(edits[i] for i in own):
             if edit not in found:
-                kept = self._runner.states.get(edit)
+                kept = self._kept.get(edit)
                 found |= self._captured(edit, edits) if kept is None else {edit: kept}
         return [self._joined(place, own, edits, found) for place in range(len(self._stacks))] if own else []
 
     def _captured(self, edit: Encoded, edits: Sequence[Encoded]) -> dict[Encoded, Kept]:
-        """The rows of an edit's company, which are kept; one of `edits` is named where they are not finite."""
+        """The rows of an edit's company, which are kept."""
         company = self._company[edit]
         try:
             fresh = self._capture(company)
@@ -60,8 +66,8 @@ class BaseRows:
             culprit = company[error.number]
             if culprit in edits:
                 raise FactNumericsError(error.said, list(edits).index(culprit)) from error
-            raise NumericsError(error.said.replace("{fact}", "a fact captured together with these")) from error
-        self._runner.states.keep(fresh)
+            raise NumericsError(error.said.replace("{fact}", f"fact {self._ids[culprit]}")) from error
+        self._kept.keep(fresh)
         return fresh
 
     def _capture(self, company: Sequence[Encoded]) -> dict[Encoded, Kept]:
@@ -72,7 +78,7 @@ class BaseRows:
                 for place, mine in enumerate(rows)
             ]
             return {
-                company[i]: tuple(each.clone() for each in mine)
+                company[i]: tuple(each.cpu().clone() for each in mine)
                 for i, mine in zip(part, zip(*packed, strict=True), strict=True)
             }
 
@@ -87,6 +93,8 @@ class BaseRows:
         have them in, where that loses nothing."""
         _, names = self._stacks[place]
         whole = torch.cat([tensor for name in names for tensor in (rows.keys[name], rows.gradients[name])], 1)
+        if self._runner.base.dtype.itemsize >= whole.dtype.itemsize:
+            return whole
         small = whole.to(self._runner.base.dtype)
         return small if small.float().equal(whole) else whole
 
@@ -97,7 +105,7 @@ class BaseRows:
         """The rows of the edits `own`, unpacked."""
         reads, names = self._stacks[place]
         device = self._runner.base.device
-        whole = torch.cat([found[edits[i]][place] for i in own]).float()
+        whole = torch.cat([found[edits[i]][place] for i in own]).to(device).float()
         columns = iter(whole.split(list(chain(*(self._widths[name] for name in names))), 1))
         pairs = {name: (next(columns), next(columns)) for name in names}
         spots = [(i, role) for i in own for _, role in places(edits[i], self._tokens, reads)]

@@ -23,8 +23,9 @@ from malmen_cli.base import ranks
 from malmen_cli.base.families import block_index
 from malmen_cli.base.model import Base
 from malmen_cli.editing.editor import Editor
-from malmen_cli.editing.replay import CACHE_BYTES, SPILL_BYTES, Runner
+from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.spec import Spec
+from malmen_cli.editing.states import CACHE_BYTES, SPILL_BYTES
 from malmen_cli.exceptions import EditorError, NumericsError, OutputError
 from malmen_cli.facts.fact import Fact
 from malmen_cli.facts.files import facts_sha256
@@ -109,7 +110,8 @@ def train(
 
     resume: continue the unfinished training kept beside `out`; the result is bitwise that of an unbroken run.
     force: give up an unfinished training and an old output; replace: an old output only. memory: bytes that the
-    outputs of the blocks in front may take; what is more goes to disk, and never changes a bit of the result.
+    outputs of the blocks in front may take, and as many for captured rows; what is more goes to disk, and never changes
+    a bit of the result.
     Raises OutputError when an unfinished training is there and neither resume nor force is given, EditorError when it
     is of other facts, settings or base.
     """

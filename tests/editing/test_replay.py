@@ -15,9 +15,11 @@ from malmen_cli.base.batch import Batch, make_batch
 from malmen_cli.base.families import default_modules, second_matrix, stacks
 from malmen_cli.base.model import Base, load_base
 from malmen_cli.base.prompts import Encoded
+from malmen_cli.base.spill import Spill
 from malmen_cli.editing.blocks import SHORT
 from malmen_cli.editing.capture import edit_rows, watching
 from malmen_cli.editing.replay import Runner
+from malmen_cli.editing.states import States
 
 FAMILIES = ("gpt2", "gptj", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma", "phi")
 CPU = torch.device("cpu")
@@ -264,7 +266,7 @@ def test_an_mlp_that_looks_around_sees_every_token(tiny_model_factory, first: in
 
 
 def states_of(runner: Runner) -> dict[tuple[int, ...], Tensor]:
-    return {ids: state for (_, ids), (state,) in runner.states._held.items()}
+    return {ids: state for (_, ids), (state,) in runner._states._held.items()}
 
 
 def test_kept_states_are_bounded_and_the_oldest_go_first(load: Callable) -> None:
@@ -332,6 +334,24 @@ def test_spilled_states_are_the_very_states(load: Callable, family: str, monkeyp
         for asked in ([2, 0], [4], [1, 3, 2, 0, 4]):
             mine, theirs = (runner.logits([SEQUENCES[i] for i in asked])[0] for runner in (small, large))
             assert torch.equal(mine, theirs)
+
+
+def test_a_file_that_goes_away_between_two_parts_is_no_half_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = States(1, 1 << 20, CPU)
+    states.keep({key: (torch.ones(3), torch.ones(4) * key) for key in (1, 2)})
+    found = states.get(1)
+    assert found is not None
+    assert [part.tolist() for part in found] == [[1.0] * 3, [1.0] * 4]
+    get = Spill.get
+
+    def once(spill: Spill, key: Any, device: torch.device) -> Tensor | None:
+        part = get(spill, key, device)
+        for file in list(spill._files):
+            file.unlink(missing_ok=True)
+        return part
+
+    monkeypatch.setattr(Spill, "get", once)
+    assert states.get(1) is None
 
 
 def test_company_survives_a_small_cache(load: Callable) -> None:

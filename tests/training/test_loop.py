@@ -251,10 +251,10 @@ def test_every_pass_captures_on_the_model_edited_so_far(make_trainer: MakeTraine
         with applied(trainer.runner.model, so_far) if so_far is not None else nullcontext():
             parts = list(edit_rows(trainer.runner, edits, editor.names, 8, editor.settings.tokens))
         for group, rows in zip(editor.groups, captured, strict=True):
-            # To rounding: the base's own rows are captured in cohorts, and what comes after takes that over.
-            wanted = gather(group, parts)
-            torch.testing.assert_close(rows.keys, wanted.keys, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(rows.gradients, wanted.gradients, rtol=1e-5, atol=1e-7)
+            # To rounding where it is the base's own: these rows are captured in cohorts.
+            wanted, tolerance = gather(group, parts), 1e-5 if so_far is None else 0.0
+            torch.testing.assert_close(rows.keys, wanted.keys, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(rows.gradients, wanted.gradients, rtol=tolerance, atol=1e-2 * tolerance)
             assert torch.equal(rows.owners, wanted.owners)
             assert torch.equal(rows.roles, wanted.roles)
         more, _ = trainer.method.joined(captured)

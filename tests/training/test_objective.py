@@ -190,6 +190,26 @@ def test_gradients_are_those_of_the_weighted_loss(
     assert float((found.gradients[MODULE] - expected).norm() / expected.norm()) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_divergence_and_its_gradient_in_any_type(dtype: torch.dtype) -> None:
+    """Against autograd in fp64 of the very logits: summed in fp32, the gradient rounded to the logits' type once."""
+    generator = torch.Generator().manual_seed(0)
+    wanted, logits = (3 * torch.randn(70, 50, generator=generator).to(dtype) for _ in range(2))
+    shares = torch.rand(70, generator=generator)
+    exact = logits.double().requires_grad_(True)
+    terms = kl_div(log_softmax(exact, -1), log_softmax(wanted.double(), -1), reduction="none", log_target=True)
+    total = (terms.sum(-1) * shares.double()).sum()
+    (gradient,) = torch.autograd.grad(2 * total, exact)
+    logits.requires_grad_(True)
+    found = objective_module._Divergence.apply(logits, wanted, shares)
+    (mine,) = torch.autograd.grad(2 * found, logits)
+    assert found.dtype == torch.float32
+    assert float(found.detach()) == pytest.approx(float(total.detach()), rel=1e-5)
+    assert mine.dtype == dtype
+    tolerance = max(torch.finfo(dtype).eps, 1e-5)
+    assert float((mine.double() - gradient).norm() / gradient.norm()) <= tolerance
+
+
 @pytest.mark.parametrize("gradients", [True, False])
 def test_batches_are_halved_where_memory_runs_out(
     tiny_base: Base,

@@ -129,7 +129,7 @@ def test_they_are_kept_in_the_base_s_type_where_nothing_is_lost(load: Callable) 
         edit = base.task.encode("The capital of France is", "Rome", end_of_text=True, subject="France")
         rows = BaseRows(runner, names, "subject", 2)
         (found,) = rows.of([edit])
-        assert runner.states.get(edit)[0].dtype == kept  # type: ignore[index]
+        assert rows._kept.get(edit)[0].dtype == kept  # type: ignore[index]
         (fresh,) = edit_rows(runner, [edit], names, 2, "subject")
         for name in names:
             assert found.keys[name].dtype == torch.float32
@@ -164,12 +164,11 @@ def test_what_is_not_finite_is_named_by_its_number_among_those_asked_for(
 
     monkeypatch.setattr(rows_module, "batch_rows", bad)
     rows = BaseRows(Runner(tiny_base, 2), default_modules(tiny_base.model, 1), "answer", 8)
-    rows.keep_company(edits)
+    rows.keep_company(edits, [f"f{number}" for number in range(len(edits))])
     with pytest.raises(NumericsError) as caught:
         rows.of([edits[5], edits[4], edits[3]] if asked else [edits[5], edits[4]])
     if asked:
         assert isinstance(caught.value, FactNumericsError)
         assert caught.value.number == 2
     else:
-        assert "captured together" in str(caught.value)
-        assert "{fact}" not in str(caught.value)
+        assert str(caught.value) == "x: key is not finite for fact f3"

@@ -40,8 +40,8 @@ class Captured:
         return Captured(self.keys[:, rows], self.gradients[:, rows], self.owners[rows], self.roles[rows])
 
     def split(self, size: int) -> Iterator[Captured]:
-        """The rows, at most `size` at a time."""
-        for start in range(0, len(self.roles), size):
+        """The rows, at most `size` at a time; of none, one part with none."""
+        for start in range(0, max(len(self.roles), 1), size):
             yield self.of(slice(start, start + size))
 
     def share(self) -> slice:
@@ -122,16 +122,15 @@ class Malmen:
         return torch.cat([k for k, _ in pairs], 1).mT, right
 
     def joined(self, captured: Sequence[Captured]) -> tuple[Shift, list[Solution | None]]:
-        """The dense shift of captured rows, one Captured a group, and what `pull_back` needs of each solve.
-
-        Every rank has all rows: each runs the network on its share of them, and all solve.
-        """
+        """The dense shift of captured rows, one Captured a group, and what `pull_back` needs of each solve. All ranks
+        have all rows and solve; each runs the network on its share of them."""
         modules: dict[str, ModuleShift] = {}
         solutions: list[Solution | None] = []
         for group, rows in zip(self.editor.groups, captured, strict=True):
             if self.editor.settings.aggregation == "sum":
-                left, right = self.outer_factors(group, rows)
+                left, right = self.outer_factors(group, rows.of(rows.share()))
                 matrices = left @ right
+                ranks.add_up(matrices)
                 solutions.append(None)
             else:
                 values = self.value_shifts(group, rows.of(rows.share()))
