@@ -74,7 +74,8 @@ def prepare(
     batch_size: int,
     note: Callable[[str], None] = lambda text: None,
 ) -> Insertion:
-    """The method ready for `base`; statistics are built where the cache has none.
+    """The method ready for `base`, with what its settings leave to the number of facts; statistics are built where the
+    cache has none.
 
     facts: those to be edited, which are refused, if they must be, before that. stats_from: a text file or data set;
     None: text of the base's own. seed: of the prefixes.
@@ -83,7 +84,8 @@ def prepare(
     encode_wordings(base, facts, settings)
     text = Text(base, stats_from, settings.stats_tokens)
     statistics, _ = gather_statistics(base, modules, text, batch_size=batch_size, note=note)
-    return Insertion(method, settings, tuple(modules), statistics, own_prefixes(base, settings, seed))
+    chosen = settings.for_facts(len(facts))
+    return Insertion(method, chosen, tuple(modules), statistics, own_prefixes(base, settings, seed))
 
 
 def own_prefixes(base: Base, settings: MemitSettings, seed: int) -> tuple[str, ...]:

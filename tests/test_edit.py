@@ -619,6 +619,24 @@ def test_memit_makes_edits_stick_in_its_blocks(base: Base) -> None:
         assert loss(base, facts) < before_loss
 
 
+def test_lambda_grows_with_the_facts_where_it_is_left_open(base: Base) -> None:
+    """1,000, or 4 a fact where that is more; what is asked for stays. The manifest says which it was."""
+    open_still = replace(MEMIT, moment_weight=None)
+    assert [open_still.for_facts(n).moment_weight for n in (0, 1, 250, 251, 1024)] == [1000, 1000, 1000, 1004, 4096]
+    assert MEMIT.for_facts(5000) is MEMIT
+    facts, options = with_subjects(), {"stats_from": None, "seed": 0, "batch_size": 4}
+    ready, asked = (
+        prepare(base, "memit", s, facts, **options) for s in (open_still, replace(MEMIT, moment_weight=1e3))
+    )
+    assert manifest(base, ready, facts, "a" * 64, 0)["method"]["moment_weight"] == 1000.0
+    one, other = (make_shift(base, each, facts, batch_size=8) for each in (ready, asked))
+    assert all(torch.equal(one.modules[n].matrix(), other.modules[n].matrix()) for n in one.modules)
+    many = replace(ready, settings=open_still.for_facts(10_000))
+    assert float(make_shift(base, many, facts, batch_size=8).modules[ready.modules[0]].matrix().norm()) < float(
+        one.modules[ready.modules[0]].matrix().norm()
+    )
+
+
 def test_the_seed_of_memit_is_its_prefixes(base: Base) -> None:
     one, again, other = (inserting(base, seed) for seed in (0, 0, 1))
     assert one.prefixes == again.prefixes != other.prefixes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from difflib import get_close_matches
 from math import isfinite
 from types import UnionType
@@ -81,13 +81,17 @@ class FinetuneSettings:
             raise SpecError("block: `modules` names the matrix already; give one of the two")
 
 
+LEAST_LAMBDA, LAMBDA_A_FACT = 1000.0, 4.0  # the best of those tried at 64, 256 and 1,024 facts (docs/memit.md)
+
+
 @dataclass(frozen=True)
 class MemitSettings:
     """MEMIT (Meng et al., arXiv 2210.07229), with its defaults but for lambda and prefixes; ROME and AlphaEdit: other
     constraints.
 
-    Lambda is 15,000 in the paper, for GPT-J: beside the keys of a small model that leaves next to nothing of an edit.
-    Five prefixes, as in the authors' code, there cost six times the work and teach less (docs/memit.md).
+    Lambda is 15,000 in the paper, for GPT-J and 10,000 facts: beside the keys of a few facts that leaves next to
+    nothing of an edit, so it is chosen by their number (see for_facts). Five prefixes, as in the authors' code, there
+    cost six times the work and teach less (docs/memit.md).
 
     `least_squares` is MEMIT's, `equality` ROME's (arXiv 2202.05262), `null_space` AlphaEdit's (arXiv 2410.02355).
     """
@@ -103,7 +107,7 @@ class MemitSettings:
     stop_loss: float = 0.05  # nats a token, below which a fact's target is found
     prefixes: int = 0  # texts of the base's own in front of the prompt, beside the prompt alone (docs/memit.md)
     prefix_tokens: int = 10
-    moment_weight: float = 1000.0  # lambda: of E[k k'] beside the facts' own keys, by their scale; least_squares alone
+    moment_weight: float | None = None  # lambda: of E[k k'] beside the facts' own keys; default: 1,000, or 4 a fact
     null_threshold: float = 0.02  # eigenvalues of E[k k'] below are free to be edited; null_space alone
     ridge: float = 10.0  # lambda_2, of ||S||^2; null_space alone
     stats_tokens: int = 20_000  # of text that E[k k'] is taken over, at most
@@ -117,11 +121,19 @@ class MemitSettings:
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "prefix_tokens", "stats_tokens")
         at_least(self, 0, "kl_factor", "decay", "stop_loss", "prefixes")
-        above_zero(self, "lr", "clamp", "moment_weight", "null_threshold", "ridge")
+        above_zero(self, "lr", "clamp", "null_threshold", "ridge")
+        if self.moment_weight is not None:
+            above_zero(self, "moment_weight")
         if self.modules and self.blocks is not None:
             raise SpecError("blocks: `modules` names the matrices already; give one of the two")
         if self.blocks is not None and (not self.blocks or min(self.blocks) < 0):
             raise SpecError(f"blocks: must be numbers from 0, not {brief(list(self.blocks))}")
+
+    def for_facts(self, count: int) -> MemitSettings:
+        """With lambda for so many facts, where it was left open: what pulls at the weights grows with them, so what
+        holds these has to grow too."""
+        weight = max(LEAST_LAMBDA, LAMBDA_A_FACT * count)
+        return self if self.moment_weight is not None else replace(self, moment_weight=weight)
 
 
 def brief(value: object) -> str:
