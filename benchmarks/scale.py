@@ -3,7 +3,7 @@
     python benchmarks/scale.py smollm2-135m --sizes 100,1000,10000,100000 -o scale.jsonl --plot scale.png
     python benchmarks/scale.py --table scale.jsonl --plot scale.png
 
-Every size is a process of its own. Peak is resident memory while editing, the facts themselves left out: what it was
+Every size is a process of its own, and its facts are of the same lengths as another's. Peak is resident memory while editing, the facts themselves left out: what it was
 once they were read is taken away. Where it is flat, memory does not limit how many facts can be edited. A fact's
 time is that of the processors, which other work on the machine hardly changes.
 """
@@ -39,6 +39,7 @@ HEAD = (
     + "|"
 )
 BIG = 1 << 20
+LONG_NAMES = 100_000  # from where on made-up names are all of one length, up to 900,000 facts
 
 Row = Mapping[str, Any]
 
@@ -134,7 +135,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="malmen-scale-") as folder:
         for size in sorted(options.sizes):
             file = Path(folder) / f"{size}.jsonl"
-            write_facts(made_up(size), file)
+            write_facts(made_up(size, start=LONG_NAMES), file)
             command = [sys.executable, __file__, options.base, "--child", str(file)]
             command += ["--batch-size", str(options.batch_size), "--device", options.device]
             command += ["--editor", str(options.editor)] if options.editor else []
