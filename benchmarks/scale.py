@@ -3,9 +3,10 @@
     python benchmarks/scale.py smollm2-135m --sizes 100,1000,10000,100000 -o scale.jsonl --plot scale.png
     python benchmarks/scale.py --table scale.jsonl --plot scale.png
 
-Every size is a process of its own, and its facts are of the same lengths as another's. Peak is resident memory while editing, the facts themselves left out: what it was
-once they were read is taken away. Where it is flat, memory does not limit how many facts can be edited. A fact's
-time is that of the processors, which other work on the machine hardly changes.
+Every size is a process of its own, and its facts are of the same lengths as another's. Peak is resident memory while
+editing, the facts themselves left out: what it was once they were read is taken away. Where it is flat, memory does not
+limit how many facts can be edited. A fact's time is that of the processors, which other work on the machine hardly
+changes.
 """
 
 from __future__ import annotations
