@@ -60,7 +60,7 @@ def test_a_failing_disk_costs_targets_their_place_and_nothing_else(
     folder = cache_home() / "targets" / base.fingerprint
 
     def edited() -> list[bytes]:
-        shift = memit_shift(base, ready, facts, batch_size=4)
+        shift = memit_shift(base, ready, facts, batch_size=2)
         return [module.matrix().numpy().tobytes() for module in shift.modules.values()]
 
     def chunks() -> dict[str, bytes]:
