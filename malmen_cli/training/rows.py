@@ -37,7 +37,8 @@ class BaseRows:
     def keep_company(self, edits: Sequence[Encoded], ids: Sequence[str] = ()) -> None:
         """Have the rows of these facts, of which one is called by its id when it is not finite, captured together (see
         Runner.keep_company); of several ranks, each captures the same share of all facts ever after."""
-        self._ids = dict(zip(edits, ids, strict=False)) | self._ids
+        for edit, name in zip(edits, ids, strict=False):
+            self._ids.setdefault(edit, name)
         fresh = tuple(dict.fromkeys(edit for edit in edits if edit not in self._company))
         for company in chunked(fresh, self._batch_size):
             before = len(self._company)
@@ -66,7 +67,8 @@ class BaseRows:
             culprit = company[error.number]
             if culprit in edits:
                 raise FactNumericsError(error.said, list(edits).index(culprit)) from error
-            raise NumericsError(error.said.replace("{fact}", f"fact {self._ids[culprit]}")) from error
+            named = f"fact {self._ids[culprit]}" if culprit in self._ids else "a fact of an earlier step"
+            raise NumericsError(error.said.replace("{fact}", named)) from error
         self._kept.keep(fresh)
         return fresh
 

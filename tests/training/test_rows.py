@@ -155,20 +155,21 @@ def test_a_wider_type_than_the_base_s_is_kept(tiny_base: Base, edits: list[Encod
     assert rows._packed(0, exact).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("asked", [True, False])
 def test_what_is_not_finite_is_named_by_its_number_among_those_asked_for(
-    tiny_base: Base, edits: list[Encoded], asked: bool, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Base, edits: list[Encoded], asked: bool, known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def bad(runner: Runner, company: Sequence[Encoded], *rest: Any, **options: Any) -> list[Rows]:
         raise FactNumericsError("x: key is not finite for {fact}", list(company).index(edits[3]))
 
     monkeypatch.setattr(rows_module, "batch_rows", bad)
     rows = BaseRows(Runner(tiny_base, 2), default_modules(tiny_base.model, 1), "answer", 8)
-    rows.keep_company(edits, [f"f{number}" for number in range(len(edits))])
+    rows.keep_company(edits, [f"f{number}" for number in range(len(edits))] if known else ())
     with pytest.raises(NumericsError) as caught:
         rows.of([edits[5], edits[4], edits[3]] if asked else [edits[5], edits[4]])
     if asked:
         assert isinstance(caught.value, FactNumericsError)
         assert caught.value.number == 2
     else:
-        assert str(caught.value) == "x: key is not finite for fact f3"
+        assert str(caught.value) == f"x: key is not finite for {'fact f3' if known else 'a fact of an earlier step'}"
