@@ -66,8 +66,9 @@ def _by_cholesky(settings: MemitSettings, moment: Tensor) -> Triangular | None:
 
 def _weight(settings: MemitSettings) -> float:
     """lambda: ROME's equality knows none."""
-    weight = settings.for_facts(0).moment_weight
-    return weight if weight is not None and settings.constraint == "least_squares" else 1.0
+    weight = settings.for_facts(0).moment_weight if settings.constraint == "least_squares" else 1.0
+    assert weight is not None
+    return weight
 
 
 class Ridge:

@@ -36,7 +36,6 @@ from malmen_cli.editing.states import CACHE_BYTES, Kept, Key, States
 # Largest logit difference to a full forward, relative to the largest logit (2e-2 in half precision).
 REPLAY_TOLERANCE = 1e-3
 
-
 Behind = tuple[int, Callable[[Tensor], Tensor]]
 
 

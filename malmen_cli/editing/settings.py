@@ -81,7 +81,10 @@ class FinetuneSettings:
             raise SpecError("block: `modules` names the matrix already; give one of the two")
 
 
-LEAST_LAMBDA, LAMBDA_A_FACT = 1000.0, 4.0  # the best of those tried at 64, 256 and 1,024 facts (docs/memit.md)
+LEAST_LAMBDA, LAMBDA_A_FACT = (
+    1000.0,
+    4.0,
+)  # the best tried at 64 and at 1,024 facts (docs/memit.md)
 
 
 @dataclass(frozen=True)
