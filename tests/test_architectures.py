@@ -36,7 +36,8 @@ from malmen_cli.scoring.metrics import exact_match
 from malmen_cli.scoring.protocols import GREEDY_MARGIN, collect
 from malmen_cli.scoring.report import summarise
 from malmen_cli.training.calibration import scaled
-from malmen_cli.training.objective import References, divergence, meta_loss
+from malmen_cli.training.objective import meta_loss
+from malmen_cli.training.references import References, divergence
 
 CAUSAL_FAMILIES = ("gpt2", "gptj", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma", "phi")
 PAIRED, CLASSIFIERS = ("t5", "bart"), ("bert", "roberta", "distilbert")
@@ -255,7 +256,9 @@ def test_the_meta_loss_reaches_the_first_blocks(model: Opened) -> None:
         for weight in weights:
             weight.requires_grad_(True)
         try:
-            moved = divergence(runner, references, *runner.logits([r.sequence for r in references]))
+            with runner.head_inputs() as seen:
+                said = runner.logits([r.sequence for r in references])
+                moved = divergence(runner, references, seen, *said)
             loss = fact_loss(*runner.logits(model.edits)) + 2.0 * moved
             wanted = torch.autograd.grad(loss / len(model.edits), weights)
         finally:

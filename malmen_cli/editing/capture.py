@@ -15,6 +15,7 @@ from malmen_cli.base.batch import Batch
 from malmen_cli.base.families import IDS, SOURCE, block_index
 from malmen_cli.base.memory import halving
 from malmen_cli.base.prompts import Encoded, by_length
+from malmen_cli.editing import losses
 from malmen_cli.editing.replay import Runner
 from malmen_cli.exceptions import FactNumericsError
 
@@ -118,13 +119,13 @@ def edit_rows(
 
 def fact_loss(logits: Tensor, batch: Batch) -> Tensor:
     """Sum over facts of the mean cross-entropy of the fact's answer tokens, in fp32."""
-    return _token_losses(logits, batch).sum()
+    return losses.cross_entropy(logits, batch.labels, answer_shares(batch))
 
 
 def fact_losses(logits: Tensor, batch: Batch) -> Tensor:
     """The mean cross-entropy of each fact's answer tokens, (B,) fp32."""
-    losses = _token_losses(logits, batch)
-    return losses.new_zeros(len(batch.ids)).index_add(0, batch.owners, losses)
+    found = cross_entropy(logits.float(), batch.labels, reduction="none") * answer_shares(batch)
+    return found.new_zeros(len(batch.ids)).index_add(0, batch.owners, found)
 
 
 def losses_of(runner: Runner, edits: Sequence[Encoded], batch_size: int) -> list[float]:
@@ -136,21 +137,16 @@ def losses_of(runner: Runner, edits: Sequence[Encoded], batch_size: int) -> list
 
     with torch.no_grad():
         for indices in by_length([edit.length for edit in edits], batch_size):
-            for part, losses in halving(indices, run):
-                for i, loss in zip(part, losses, strict=True):
+            for part, each in halving(indices, run):
+                for i, loss in zip(part, each, strict=True):
                     found[i] = loss
     return found
 
 
-def _token_losses(logits: Tensor, batch: Batch) -> Tensor:
-    """The cross-entropy of each answer token, divided by the number of its fact's."""
-    losses = cross_entropy(logits.float(), batch.labels, reduction="none")
-    return losses / answer_counts(batch, losses)[batch.owners]
-
-
-def answer_counts(batch: Batch, like: Tensor) -> Tensor:
-    """How many answer positions each sequence of the batch has (B,), without asking the device how many there are."""
-    return like.new_zeros(len(batch.ids)).index_add_(0, batch.owners, torch.ones_like(like))
+def answer_shares(batch: Batch) -> Tensor:
+    """Of each answer position, one over how many its sequence has: (n,) fp32, without asking the device how many."""
+    ones = torch.ones(len(batch.owners), device=batch.owners.device)
+    return 1 / ones.new_zeros(len(batch.ids)).index_add_(0, batch.owners, ones)[batch.owners]
 
 
 def batch_rows(

@@ -7,8 +7,8 @@ Masks, rotary tables, final norms and soft-caps are the model's own, since its o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -32,9 +32,7 @@ from malmen_cli.editing.blocks import (
 )
 from malmen_cli.editing.last_mlp import alone_at, last_mlp, only_at
 from malmen_cli.editing.states import CACHE_BYTES, Kept, Key, States
-
-# Largest logit difference to a full forward, relative to the largest logit (2e-2 in half precision).
-REPLAY_TOLERANCE = 1e-3
+from malmen_cli.editing.trials import agree, trials
 
 Behind = tuple[int, Callable[[Tensor], Tensor]]
 
@@ -117,19 +115,29 @@ class Runner:
         counts = [len(s.positions) for s in sequences]
         if self.model.get_output_embeddings() is None:
             return list(self.logits(sequences)[0].detach().split(counts))
-        kept: list[Tensor] = []
+        with self.head_inputs() as seen:
+            self.logits(sequences)
+            found = seen[-1].to(self.base.device)
+        return list(found.split(counts))
 
-        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            kept.append(args[0].detach())
+    @contextmanager
+    def head_inputs(self) -> Iterator[list[Tensor]]:
+        """What the output head read in the last run of the body, (n, width), its graph included; nothing where there
+        are no output embeddings."""
+        seen: list[Tensor] = []
+        head = self.model.get_output_embeddings()
+
+        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[:] = [args[0].reshape(-1, args[0].shape[-1])]
 
         # `logits_at` puts its hook in front of this one, which so sees the chosen rows only.
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(keep)
+        handle = head.register_forward_pre_hook(note) if head is not None else None
         try:
-            self.logits(sequences)
+            yield seen
         finally:
-            handle.remove()
-        states = kept[-1].reshape(-1, kept[-1].shape[-1]).to(self.base.device)
-        return list(states.split(counts))
+            seen.clear()
+            if handle is not None:
+                handle.remove()
 
     def logits_of(self, heads: Tensor) -> Tensor:
         """Logits (n, vocabulary) of what `heads` gave (n, width), the model's own caps and scales included."""
@@ -253,23 +261,17 @@ class Runner:
         given = next((given for first, given in sorted(self._givers.items(), reverse=True) if first < index), [])
         return passing(block, self._extras[index], given)
 
-    def _trials(self) -> list[list[Encoded]]:
-        """Two sequences of unequal length, and two of the same lengths and other tokens."""
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        tokens = [(7 * i + 3) % min(vocabulary, 1000) for i in range(9)]
-        return [[self.task.trial(each), self.task.trial(each[2:7])] for each in (tokens, tokens[::-1])]
-
     def _narrowable(self) -> nn.Module | None:
         """The last block's MLP, if the logits of a trial say that it need not see every token."""
         last = self.stacks[-1]
-        part, batch = last_mlp(self.model, last), self.task.batch(self._trials()[0], self.base.device)
+        part, batch = last_mlp(self.model, last), self.task.batch(trials(self.base)[0], self.base.device)
         shape, run = batch.mask_of(last.reads).shape, partial(self.full_logits, batch)
         return part if part is not None and alone_at(part, shape, batch.rows, batch.columns, run) else None
 
     @torch.no_grad()
     def _verify(self) -> bool:
         """Whether replaying gives the full forward's logits on trial sequences."""
-        sequences, others = self._trials()
+        sequences, others = trials(self.base)
         batch = self.task.batch(sequences, self.base.device)
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks):
@@ -291,10 +293,3 @@ class Runner:
         first = index in (self._before(stack) for stack in self.stacks)
         if first and isinstance(output, tuple) and any(isinstance(extra, Tensor) for extra in output[1:]):
             self._givers[index] = []
-
-
-def agree(full: Tensor, replayed: Tensor, dtype: torch.dtype) -> bool:
-    """Whether logits are those of the full forward, up to the rounding of a model in `dtype`."""
-    tolerance = 2e-2 if dtype in (torch.float16, torch.bfloat16) else REPLAY_TOLERANCE
-    apart = (full.float() - replayed.float()).abs().max()
-    return bool(apart <= tolerance * full.float().abs().max().clamp(min=1e-6))

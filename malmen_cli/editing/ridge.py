@@ -103,6 +103,17 @@ class Penalty:
         """`P^(1/2)' @ matrix`: this root is symmetric."""
         return self.whiten(matrix)
 
+    def inverse(self, matrix: Tensor) -> Tensor:
+        """`P @ matrix` for a matrix (m, dk, *), in half the time of its root twice; where much of the matrix lies along
+        C0's heavy directions, to fewer digits."""
+        matrix = matrix.contiguous()
+        floor = self.lam + self.mu * self.preserved.rest
+        along = self.lam[:, None] + self.mu[:, None] * self.preserved.energies
+        basis = self.preserved.basis
+        projected = (1 - floor[:, None] / along)[..., None] * (basis.mT @ matrix)
+        result: Tensor = (matrix - basis @ projected) / floor[:, None, None]
+        return result
+
 
 @dataclass(frozen=True)
 class Triangular:
@@ -160,11 +171,10 @@ class Solution:
         assert isinstance(penalty, Penalty)
         gradient = gradient.to(self.factor.dtype)
         if self.left is not None and self.right is not None and self.right.shape[-2] <= self.right.shape[-1]:
-            assert self.whitened is not None
             # S = left right with left = P K', and M = P (X - K' dL/dV): no product need be wider than the n rows.
             by_value = torch.cholesky_solve(self.left.mT @ gradient, self.factor)
-            inner = whiten(gradient @ self.right.mT) - self.whitened.mT @ (by_value @ self.right.mT)
-            inner, shift = whiten(inner), self.left  # M right', and <M right', left> is <M, S>
+            inner = penalty.inverse(gradient @ self.right.mT) - self.left @ (by_value @ self.right.mT)
+            shift = self.left  # M right', and <M right', left> is <M, S>
         else:
             pulled, shift = whiten(gradient), self.matrix()
             if self.whitened is not None:

@@ -19,7 +19,8 @@ from transformers import DynamicCache
 from malmen_cli.base.batch import Batch
 from malmen_cli.base.memory import out_of_memory
 from malmen_cli.base.prompts import Encoded
-from malmen_cli.editing.replay import Runner, agree
+from malmen_cli.editing.replay import Runner
+from malmen_cli.editing.trials import agree
 
 _TRIALS = ((0, 12, 4), (3, 10, 1), (1, 7, 0), (2, 11, 6))  # of trial tokens: the first, behind the last, the subject
 

@@ -24,7 +24,8 @@ from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.ridge import Preserved
 from malmen_cli.editing.shift import ModuleShift, Shift, applied
 from malmen_cli.exceptions import NumericsError
-from malmen_cli.training.objective import Reference, meta_loss
+from malmen_cli.training.objective import meta_loss
+from malmen_cli.training.references import Reference
 
 STEPS = tuple(0.01 * 2**k for k in range(11))  # relative to the module's own output, 1% to 10 times
 PUSH_LIMIT = 3.0  # times the median |(k . k~) g~| of a role's rows, beyond which a row pushes no harder

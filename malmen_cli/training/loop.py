@@ -27,7 +27,8 @@ from malmen_cli.exceptions import NumericsError, naming
 from malmen_cli.training.calibration import Calibration, calibrate, preserve
 from malmen_cli.training.facts import Cohort, Draw, Example, cohorts, draw, random_sample
 from malmen_cli.training.history import Best, Finished, Progress
-from malmen_cli.training.objective import MetaLoss, References, meta_loss
+from malmen_cli.training.objective import MetaLoss, meta_loss
+from malmen_cli.training.references import References
 from malmen_cli.training.rows import BaseRows
 from malmen_cli.training.settings import TrainingSettings
 from malmen_cli.training.validation import AtSizes, Validation, climb, validate

@@ -18,7 +18,7 @@ from malmen_cli.base.prompts import Encoded, by_length
 from malmen_cli.editing.replay import Runner
 from malmen_cli.scoring.metrics import harmonic_mean
 from malmen_cli.training.facts import Example
-from malmen_cli.training.objective import Reference
+from malmen_cli.training.references import Reference
 
 Share = float | None
 

@@ -81,34 +81,3 @@ def opened() -> Callable[[Path], Base]:
         return Base(str(folder), folder, None, "0" * 64, model, AutoTokenizer.from_pretrained(folder))
 
     return build
-
-
-@pytest.fixture(scope="session")
-def softcapped() -> Callable[[Base], Base]:
-    """`softcapped(base) -> Base`: a Gemma 2, whose final logits pass a tanh, with the tokenizer of `base`."""
-
-    def build(base: Base) -> Base:
-        from transformers import Gemma2Config, Gemma2ForCausalLM
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
-            config = Gemma2Config(
-                vocab_size=len(base.tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=8,
-                initializer_range=0.5,
-                max_position_embeddings=128,
-                sliding_window=8,
-                final_logit_softcapping=2.0,
-                pad_token_id=0,
-                bos_token_id=base.tokenizer.bos_token_id,
-                eos_token_id=base.tokenizer.eos_token_id,
-            )
-            model = Gemma2ForCausalLM(config).eval().requires_grad_(False)
-        return Base("softcapped", Path("nowhere"), None, "0" * 64, model, base.tokenizer)
-
-    return build

@@ -34,7 +34,8 @@ from malmen_cli.training.calibration import (
     scaled,
 )
 from malmen_cli.training.facts import Example, encode_examples
-from malmen_cli.training.objective import MetaLoss, References, meta_loss
+from malmen_cli.training.objective import MetaLoss, meta_loss
+from malmen_cli.training.references import References
 
 Setup = tuple[Editor, Runner, list[Example]]
 MakeSetup = Callable[..., Setup]

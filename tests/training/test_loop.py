@@ -30,7 +30,8 @@ from malmen_cli.facts.fact import Fact
 from malmen_cli.training.facts import Example, draw, encode_examples, random_sample
 from malmen_cli.training.history import Best, Progress
 from malmen_cli.training.loop import BAD_STEPS, MOST_RATIOS, PARTS, STEP_RATIO, Trainer
-from malmen_cli.training.objective import MetaLoss, References
+from malmen_cli.training.objective import MetaLoss
+from malmen_cli.training.references import References
 from malmen_cli.training.validation import Validation
 
 MakeFacts = Callable[..., list[Fact]]

@@ -14,7 +14,7 @@ from malmen_cli.facts.fact import Fact
 from malmen_cli.scoring.protocols import collect
 from malmen_cli.scoring.report import summarise
 from malmen_cli.training.facts import Example, encode_examples
-from malmen_cli.training.objective import References
+from malmen_cli.training.references import References
 from malmen_cli.training.validation import AtSizes, Validation, _shares, validate
 
 Y, N = True, False
