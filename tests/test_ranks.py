@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -75,9 +76,11 @@ def test_sums_collections_and_shares() -> None:
         named = ranks.spread(["a", "b", "c"], lambda mine: [[letter, None, 0.1] for letter in mine])
         mine = torch.full((2,), float(len(own)))
         ranks.same(mine)
-        whole = [torch.arange(2 * size).reshape(2, size) for size in (5, 1)]
-        back = [ranks.rejoined(each[:, list(ranks.share(each.shape[1]))], each.shape[1], 1) for each in whole]
+        whole = [torch.arange(2.0 * size).reshape(size, 2) for size in (5, 1)]
+        back = [ranks.assembled(each[ranks.mine()], len(each)) for each in whole]
         assert all(torch.equal(one, other) for one, other in zip(back, whole, strict=True))
+        assert ranks.worst(3.0 if ranks.first() else 2.0) == 3.0
+        assert math.isnan(ranks.worst(3.0 if ranks.first() else math.nan))
         return [total.tolist(), rows.tolist(), list(empty.shape), named, mine.tolist()]
 
     one, other = on_ranks(work)
@@ -85,6 +88,25 @@ def test_sums_collections_and_shares() -> None:
     assert one[0] == [5.0, 2.0]
     assert one[1] == [[0, 2, 4, 1, 3]] * 2
     assert one[2:] == [[3, 2], [["a", None, 0.1], ["b", None, 0.1], ["c", None, 0.1]], [3.0, 3.0]]
+
+
+@pytest.mark.parametrize("modules", [1, 5])
+@pytest.mark.parametrize("count", [2, 3])
+def test_dealt_rows_are_those_of_all_ranks_for_a_share_of_the_modules(modules: int, count: int) -> None:
+    """Rank r has r rows, so the first has none; with one module only the first gets any."""
+    whole = torch.arange(modules * 3.0 * 2).reshape(modules, 3, 2)
+    sizes = list(range(count))
+    rows = torch.cat([whole[:, :size] + 100 * size for size in sizes], 1)
+
+    def work() -> Any:
+        rank = ranks.mine().start
+        dealt = ranks.dealt(whole[:, : sizes[rank]] + 100 * sizes[rank])
+        return torch.equal(dealt, rows[ranks.mine()]), dealt.shape[0]
+
+    found = on_ranks(work, count)
+    assert all(same for same, _ in found)
+    assert [own for _, own in found] == [len(range(rank, modules, count)) for rank in sizes]
+    assert torch.equal(ranks.dealt(whole), whole)  # alone
 
 
 # ---------------------------------------------------------------- the same result
@@ -200,7 +222,7 @@ def test_the_same_step_with_fewer_rows_than_ranks(tiny_gpt2: Path, aggregation: 
         sizes = [(len(group.names), rows, width) for width in (group.dk, group.dv)]
         keys, gradients = (torch.randn(size, generator=generator) for size in sizes)
         roles = torch.arange(rows) % group.network.roles
-        captured, method = Captured(keys, gradients, torch.arange(rows), roles), Malmen(editor)
+        captured, method = Captured(keys, gradients, torch.arange(rows), roles).own(), Malmen(editor)
         shift, (solution,) = method.joined([captured])
         upstream = torch.randn(len(group.names), group.dk, group.dv, generator=generator)
         method.pull_back(group, captured, upstream, solution)

@@ -1,9 +1,9 @@
 """Several processes on one run, as torchrun and `accelerate launch` start them.
 
-Every rank knows all facts, runs the language model on its share of them, and adds up or collects what came out; a
-training also shares the network's rows. What is left, solves above all, each rank does for itself, and a training takes
-the first one's parameters after every step. With one process each function here is its plain counterpart. What is
-exchanged is tensors and JSON, never pickles.
+Every rank knows all facts, runs the language model on its share of them, and has the rows of all facts for its share of
+the modules: their values and solves are its own, and what comes of them is put together. A training takes the first
+rank's parameters after every step. With one process each function here is its plain counterpart. What is exchanged is
+tensors and JSON, never pickles.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ def share(size: int) -> range:
     return range(dist.get_rank(), size, count()) if _several() else range(size)
 
 
+def mine() -> slice:
+    """The same share, to index an axis by."""
+    return slice(dist.get_rank(), None, count()) if _several() else slice(None)
+
+
 def add_up(*tensors: Tensor) -> None:
     """Put the sum over ranks in place of each tensor."""
     if _several():
@@ -79,12 +84,36 @@ def collected(tensor: Tensor, dim: int = 0) -> Tensor:
     return found.movedim(0, dim).contiguous()
 
 
-def rejoined(tensor: Tensor, size: int, dim: int = 0) -> Tensor:
-    """The whole of `size` things along `dim`, of which each rank's tensor has its `share`, in their order."""
+def dealt(rows: Tensor) -> Tensor:
+    """From this rank's rows of all modules (m, n, *), the rows of all ranks, one after another, of its share of the
+    modules (m', N, *)."""
     if not _several():
-        return tensor
-    order = torch.tensor([each for rank in range(count()) for each in range(rank, size, count())], dtype=torch.long)
-    return collected(tensor, dim).index_select(dim, order.argsort().to(tensor.device))
+        return rows
+    shares = [range(rank, len(rows), count()) for rank in range(count())]
+    sizes = collected(torch.tensor([rows.shape[1]], device=rows.device)).tolist()
+    own, width = len(shares[dist.get_rank()]), rows.shape[2:]
+    sent = [len(share) * rows.shape[1] * width.numel() for share in shares]
+    taken = [own * size * width.numel() for size in sizes]
+    found = rows.new_empty(sum(taken))
+    with _others_alive():
+        dist.all_to_all_single(found, rows[[module for share in shares for module in share]].flatten(), taken, sent)
+    parts = found.split(taken)
+    return torch.cat([part.view(own, size, *width) for part, size in zip(parts, sizes, strict=True)], 1)
+
+
+def assembled(own: Tensor, size: int) -> Tensor:
+    """The whole of `size` things along the first axis, of which each rank's tensor has its share."""
+    if not _several():
+        return own
+    whole = own.new_zeros(size, *own.shape[1:])
+    whole[mine()] = own
+    add_up(whole)
+    return whole
+
+
+def worst(value: float) -> float:
+    """The largest of all ranks' values, NaN if one is."""
+    return float(collected(torch.tensor([value], dtype=torch.float64)).max())
 
 
 def spread(items: Sequence[T], work: Callable[[Sequence[T]], Sequence[Any]]) -> list[Any]:

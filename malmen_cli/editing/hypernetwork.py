@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+EVERY = slice(None)  # of the modules
 VARIANCE_FLOOR = 1e-12  # a feature that never moved is passed on unscaled by noise
 # Share of its role's usual value gradient below which a damped row pushes in proportion less. A network with a bias
 # answers a gradient of zero too: undamped, later passes push for what is learned as hard as for the rest, and LS pays.
@@ -103,39 +104,44 @@ class HyperNetwork(nn.Module):
         typical = typical.clamp(min=VARIANCE_FLOOR)
         self.std[:, role] = torch.where(spread > VARIANCE_FLOOR * typical, spread, typical).sqrt()
 
-    def features(self, keys: Tensor, gradients: Tensor, roles: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, keys: Tensor, gradients: Tensor, roles: Tensor, modules: slice = EVERY) -> tuple[Tensor, Tensor]:
         """Pseudo-keys (m, n, dk) and pseudo-gradients (m, n, dv) of keys (m, n, dk) and value gradients (m, n, dv).
 
-        roles: (n,) long.
+        roles: (n,) long. modules: which ones the rows are of.
         """
-        y = (torch.cat([keys, gradients], -1) - self.mean[:, roles]) / self.std[:, roles]
+        mean, std = (each[modules][:, roles] for each in (self.mean, self.std))
+        y = (torch.cat([keys, gradients], -1) - mean) / std
         for down, up, bias, scale, shift in zip(self.down, self.up, self.bias, self.scale, self.shift, strict=True):
             # clamp, not relu: its gradient at 0 is 1, so that B = 0 and bias = 0 can leave the start.
-            y = y + scale[:, roles] * (y @ down @ up + bias).clamp(min=0) + shift[:, roles]
+            pushed = (y @ down @ up + bias).clamp(min=0)
+            y = y + scale[modules][:, roles] * pushed + shift[modules][:, roles]
         return y[..., : self.dk], y[..., self.dk :]
 
-    def steps(self, roles: Tensor) -> Tensor:
+    def steps(self, roles: Tensor, modules: slice = EVERY) -> Tensor:
         """lr of each row, (m, n, 1)."""
-        return self.log_lr.exp()[:, roles, None]
+        return self.log_lr.exp()[modules][:, roles, None]
 
-    def value_shifts(self, keys: Tensor, gradients: Tensor, roles: Tensor, *, damped: bool = False) -> Tensor:
+    def value_shifts(
+        self, keys: Tensor, gradients: Tensor, roles: Tensor, modules: slice = EVERY, *, damped: bool = False
+    ) -> Tensor:
         """`d_j = -lr (k_j . k~_j) g~_j`, (m, n, dv).
 
         `k . k~` grows with the square of a key and `g~` with the loss; a few tokens have keys forty times the
         others'. The norm of `d / lr` is bounded by `limit` (m, roles), so that no row outweighs all others. damped: it
         goes to zero with the gradient (see FAINT).
         """
-        pseudo_keys, pseudo_gradients = self.features(keys, gradients, roles)
+        pseudo_keys, pseudo_gradients = self.features(keys, gradients, roles, modules)
         push = (keys * pseudo_keys).sum(-1, keepdim=True) * pseudo_gradients
         size = push.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(push.dtype).tiny)
-        bounded: Tensor = push * (self.limit[:, roles, None] / size).clamp(max=1)
-        return -self.steps(roles) * (bounded * self._asked(gradients, roles) if damped else bounded)
+        bounded: Tensor = push * (self.limit[modules][:, roles, None] / size).clamp(max=1)
+        asked = self._asked(gradients, roles, modules) if damped else 1.0
+        return -self.steps(roles, modules) * (bounded * asked)
 
-    def _asked(self, gradients: Tensor, roles: Tensor) -> Tensor:
+    def _asked(self, gradients: Tensor, roles: Tensor, modules: slice) -> Tensor:
         """How much of its push each row is to have, (m, n, 1); all of it where nothing is a bias, without blocks and
         mean."""
         if len(self.down) == 0 and not bool(self.mean.any()):
             return torch.ones_like(gradients[..., :1])
         usual = (self.mean.square() + self.std.square())[..., self.dk :].sum(-1).sqrt()
-        asked: Tensor = gradients.norm(dim=-1, keepdim=True) / (FAINT * usual[:, roles, None])
+        asked: Tensor = gradients.norm(dim=-1, keepdim=True) / (FAINT * usual[modules][:, roles, None])
         return asked.clamp(max=1)

@@ -9,6 +9,7 @@ modules of one shape are one batched computation.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,9 @@ class Preserved:
             torch.zeros(modules, device=device),
         )
 
+    def part(self, modules: slice) -> Preserved:
+        return Preserved(self.basis[modules], self.energies[modules], self.rest[modules])
+
     def to(self, target: torch.dtype | torch.device) -> Preserved:
         return Preserved(*(tensor.to(target) for tensor in (self.basis, self.energies, self.rest)))
 
@@ -84,6 +88,10 @@ class Penalty:
     lam: Tensor
     mu: Tensor
     preserved: Preserved
+
+    def part(self, modules: slice) -> Penalty:
+        """That of some of the modules."""
+        return Penalty(self.lam[modules], self.mu[modules], self.preserved.part(modules))
 
     def to(self, target: torch.dtype | torch.device) -> Penalty:
         return Penalty(self.lam.to(target), self.mu.to(target), self.preserved.to(target))
@@ -216,6 +224,13 @@ class NormalEquations:
         """Take in the rows of all ranks."""
         ranks.add_up(self.gram, self.cross)
 
+    def part(self, modules: slice) -> NormalEquations:
+        """Those of some of the modules; they are the same sums."""
+        assert isinstance(self.penalty, Penalty)
+        part = copy(self)
+        part.penalty, part.gram, part.cross = self.penalty.part(modules), self.gram[modules], self.cross[modules]
+        return part
+
     def solve(self) -> Solution:
         """The shift; no more rows can be added."""
         self.gram.diagonal(dim1=-2, dim2=-1).add_(1)
@@ -231,13 +246,14 @@ def solve_primal(keys: Tensor, values: Tensor, penalty: Penalty) -> Solution:
 
 
 def solve(keys: Tensor, values: Tensor, penalty: Penalty) -> Solution:
-    """The cheaper of the two closed forms, in the penalty's dtype; fp32 falls back to fp64 where it must."""
+    """The cheaper of the two closed forms, in the penalty's dtype; fp32 falls back to fp64 where it must. Of several
+    ranks, each solves for modules of its own, and NumericsError is raised on all where one cannot."""
     form = solve_dual if keys.shape[-2] <= keys.shape[-1] else solve_primal
     dtype = penalty.lam.dtype
     solution = form(keys.to(dtype), values.to(dtype), penalty)
     if dtype == torch.float32 and not solution.residual <= RESIDUAL_LIMIT:
         solution = form(keys.double(), values.double(), penalty.to(torch.float64))
-    refuse_singular(solution.residual)
+    refuse_singular(ranks.worst(solution.residual))
     return solution
 
 
@@ -269,4 +285,4 @@ def _solve(system: Tensor, right: Tensor) -> tuple[Tensor, Tensor, float]:
     error = (system @ solution - right).norm(dim=(-2, -1)) / right.norm(dim=(-2, -1)).clamp(
         min=torch.finfo(right.dtype).tiny
     )
-    return solution, factor, float(error.max())
+    return solution, factor, float(error.max()) if len(error) else 0.0

@@ -79,7 +79,7 @@ def calibrate(
         _normalise(group, rows, editor)
         _set_penalty(group, rows, editor)
         group.network.log_lr.data.copy_(_natural_log_lr(group, rows, parts))
-    unit, _ = Malmen(editor).joined(captured)
+    unit, _ = Malmen(editor).joined([rows.own() for rows in captured])
     tried: dict[float, tuple[float, float]] = {}
 
     def objective(step: float) -> float:

@@ -19,7 +19,7 @@ from malmen_cli.base.prompts import Encoded
 from malmen_cli.base.sampling import own_probes
 from malmen_cli.editing.capture import edit_rows
 from malmen_cli.editing.editor import Editor, compact
-from malmen_cli.editing.methods.malmen import Captured, Malmen, gather
+from malmen_cli.editing.methods.malmen import Captured, Malmen, deal
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.ridge import Solution
 from malmen_cli.editing.shift import Shift, applied
@@ -200,7 +200,7 @@ class Trainer:
             else:
                 with applied(self.runner.model, shift):
                     parts = list(edit_rows(self.runner, edits, self.editor.names, self.batch_size, tokens, keep=True))
-            captured = [gather(group, parts) for group in self.editor.groups]
+            captured = [deal(group, parts) for group in self.editor.groups]
             more, solutions = self.method.joined(captured)
             shift = more if shift is None else shift.plus(more)
             passes.append((captured, solutions))

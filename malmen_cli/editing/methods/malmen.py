@@ -18,6 +18,7 @@ from malmen_cli.base.memory import trim_heap
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing.capture import Rows, edit_rows, row_count
 from malmen_cli.editing.editor import Editor, Group
+from malmen_cli.editing.hypernetwork import EVERY
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.ridge import NormalEquations, Solution, refuse_singular, solve, solve_dual
 from malmen_cli.editing.shift import ModuleShift, Shift
@@ -44,10 +45,10 @@ class Captured:
         for start in range(0, max(len(self.roles), 1), size):
             yield self.of(slice(start, start + size))
 
-    def share(self) -> slice:
-        """The rows that are this rank's where all ranks have all of them."""
-        share = ranks.share(len(self.roles))
-        return slice(share.start, share.stop, share.step)
+    def own(self) -> Captured:
+        """The rows of this rank's share of the modules."""
+        own = ranks.mine()
+        return Captured(self.keys[own], self.gradients[own], self.owners, self.roles)
 
 
 class Malmen:
@@ -107,62 +108,63 @@ class Malmen:
         return shift
 
     @torch.no_grad()
-    def value_shifts(self, group: Group, captured: Captured) -> Tensor:
-        """V (m, n, dv) of captured rows, `chunk` rows at a time."""
+    def value_shifts(self, group: Group, captured: Captured, modules: slice = EVERY) -> Tensor:
+        """V (m, n, dv) of captured rows of the group's `modules`, `chunk` rows at a time."""
         parts = captured.split(self.chunk)
-        shifts_of = partial(group.network.value_shifts, damped=self.damped)
+        shifts_of = partial(group.network.value_shifts, modules=modules, damped=self.damped)
         return torch.cat([shifts_of(part.keys, part.gradients, part.roles) for part in parts], 1)
 
     @torch.no_grad()
-    def outer_factors(self, group: Group, captured: Captured) -> tuple[Tensor, Tensor]:
+    def outer_factors(self, group: Group, captured: Captured, modules: slice = EVERY) -> tuple[Tensor, Tensor]:
         """MEND's factors: left (m, dk, n) pseudo-keys, right (m, n, dv) scaled pseudo-gradients."""
         parts = captured.split(self.chunk)
-        pairs = [group.network.features(part.keys, part.gradients, part.roles) for part in parts]
-        right = -group.network.steps(captured.roles) * torch.cat([g for _, g in pairs], 1)
+        pairs = [group.network.features(part.keys, part.gradients, part.roles, modules) for part in parts]
+        right = -group.network.steps(captured.roles, modules) * torch.cat([g for _, g in pairs], 1)
         return torch.cat([k for k, _ in pairs], 1).mT, right
 
     def joined(self, captured: Sequence[Captured]) -> tuple[Shift, list[Solution | None]]:
-        """The dense shift of captured rows, one Captured a group, and what `pull_back` needs of each solve. All ranks
-        have all rows and solve; each runs the network on its share of them."""
+        """The dense shift of captured rows, one Captured a group, and what `pull_back` needs of each solve. Of several
+        ranks, each gives the rows of its own modules, and all have the shift."""
         modules: dict[str, ModuleShift] = {}
         solutions: list[Solution | None] = []
+        own = ranks.mine()
         for group, rows in zip(self.editor.groups, captured, strict=True):
             if self.editor.settings.aggregation == "sum":
-                left, right = self.outer_factors(group, rows.of(rows.share()))
+                left, right = self.outer_factors(group, rows, own)
                 matrices = left @ right
-                ranks.add_up(matrices)
                 solutions.append(None)
             else:
-                values = self.value_shifts(group, rows.of(rows.share()))
-                values = ranks.rejoined(values, len(rows.roles), 1)
-                solution = solve(rows.keys, values, group.penalty(len(rows.roles)))
+                values = self.value_shifts(group, rows, own)
+                solution = solve(rows.keys, values, group.penalty(len(rows.roles)).part(own))
                 matrices = solution.matrix().float()
                 solutions.append(solution)
-            layouts = self.editor.layouts
+            matrices, layouts = ranks.assembled(matrices, len(group.names)), self.editor.layouts
             modules |= {name: ModuleShift(layouts[name], dense=matrices[i]) for i, name in enumerate(group.names)}
         return Shift(modules), solutions
 
     def pull_back(self, group: Group, captured: Captured, gradient: Tensor, solution: Solution | None) -> None:
-        """Add to the group's parameter gradients, given dL/dS (m, dk, dv). The LM is not in the graph.
+        """Add to the group's parameter gradients, given dL/dS (m, dk, dv) of all its modules; captured and solution are
+        of this rank's. The LM is not in the graph.
 
         Ridge: `<dL/dV, V(theta)>` with dL/dV from the solve, and the closed forms for log lambda and log mu.
         Sum (MEND): `<dL/dS, S(theta)>` directly.
         """
-        network, own = group.network, captured.share()
-        by_value: Tensor | None = None
+        network, own = group.network, ranks.mine()
+        gradient, by_value = gradient[own], None
         if solution is not None:
             by_value, by_lambda, by_mu = solution.pull_back(captured.keys, gradient)
-            by_value = by_value.to(captured.keys.dtype)[:, own]
+            by_value = by_value.to(captured.keys.dtype)
         sums = [torch.zeros_like(parameter) for parameter in network.parameters()]
         done = 0
-        for part in captured.of(own).split(self.chunk):
+        for part in captured.split(self.chunk):
+            given = part.keys, part.gradients, part.roles, own
             with torch.enable_grad():
                 if by_value is not None:
-                    values = network.value_shifts(part.keys, part.gradients, part.roles, damped=self.damped)
+                    values = network.value_shifts(*given, damped=self.damped)
                     loss = (by_value[:, done : done + len(part.roles)] * values).sum()
                 else:
-                    pseudo_keys, pseudo_gradients = network.features(part.keys, part.gradients, part.roles)
-                    loss = -((pseudo_keys @ gradient) * pseudo_gradients * network.steps(part.roles)).sum()
+                    pseudo_keys, pseudo_gradients = network.features(*given)
+                    loss = -((pseudo_keys @ gradient) * pseudo_gradients * network.steps(part.roles, own)).sum()
             found = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
             for total, more in zip(sums, found, strict=True):
                 if more is not None:
@@ -172,13 +174,18 @@ class Malmen:
         for parameter, total in zip(network.parameters(), sums, strict=True):
             _accumulate(parameter, total)
         if solution is not None:
-            _accumulate(network.log_lambda, by_lambda)
-            _accumulate(network.log_mu, by_mu)
+            _accumulate(network.log_lambda, ranks.assembled(by_lambda, len(group.names)))
+            _accumulate(network.log_mu, ranks.assembled(by_mu, len(group.names)))
 
 
 def gather(group: Group, parts: Iterable[Rows]) -> Captured:
     """All rows of a few LM batches of all ranks, in the order of the facts whatever the batches were."""
-    return _of_all_ranks(_captured(group, group.own(parts)))
+    return _of_all_ranks(_captured(group, group.own(parts)), lambda rows: ranks.collected(rows, 1))
+
+
+def deal(group: Group, parts: Iterable[Rows]) -> Captured:
+    """The same of this rank's share of the modules: what `joined` takes."""
+    return _of_all_ranks(_captured(group, group.own(parts)), ranks.dealt)
 
 
 def _accumulate(parameter: torch.nn.Parameter, gradient: Tensor) -> None:
@@ -203,9 +210,9 @@ def _joined(group: Group, parts: Sequence[Captured]) -> Captured:
     )
 
 
-def _of_all_ranks(captured: Captured) -> Captured:
+def _of_all_ranks(captured: Captured, exchanged: Callable[[Tensor], Tensor]) -> Captured:
     """The rows of all ranks in the order of the facts."""
-    keys, gradients = (ranks.collected(rows, 1) for rows in (captured.keys, captured.gradients))
+    keys, gradients = (exchanged(rows) for rows in (captured.keys, captured.gradients))
     owners, roles = ranks.collected(captured.owners), ranks.collected(captured.roles)
     order = owners.argsort(stable=True)
     return Captured(keys[:, order], gradients[:, order], owners[order], roles[order])
@@ -234,18 +241,18 @@ class _LowRank:
         self.parts.append(captured)
 
     def finish(self, layouts: dict[str, str]) -> tuple[dict[str, ModuleShift], Tensor, float]:
-        captured = _of_all_ranks(_joined(self.group, self.parts))
+        captured, own = _of_all_ranks(_joined(self.group, self.parts), ranks.dealt), ranks.mine()
         residual = 0.0
         if self.method.editor.settings.aggregation == "sum":
-            left, right = self.method.outer_factors(self.group, captured)
+            left, right = self.method.outer_factors(self.group, captured, own)
         else:
-            values = self.method.value_shifts(self.group, captured)
+            values = self.method.value_shifts(self.group, captured, own)
             dtype = self.method.dtype
-            penalty = self.group.penalty(len(captured.roles), dtype)
+            penalty = self.group.penalty(len(captured.roles), dtype).part(own)
             solution = solve_dual(captured.keys.to(dtype), values.to(dtype), penalty)
             assert solution.left is not None and solution.right is not None
-            left, right, residual = solution.left, solution.right, solution.residual
-        left, right = left.float().cpu(), right.float().cpu()
+            left, right, residual = solution.left, solution.right, ranks.worst(solution.residual)
+        left, right = (ranks.assembled(part.float(), len(self.group.names)).cpu() for part in (left, right))
         shifts = {
             name: ModuleShift(layouts[name], left=left[i].contiguous(), right=right[i].contiguous())
             for i, name in enumerate(self.group.names)
@@ -265,8 +272,9 @@ class _Streamed:
 
     def finish(self, layouts: dict[str, str]) -> tuple[dict[str, ModuleShift], Tensor, float]:
         self.equations.add_up()
-        solution = self.equations.solve()
-        return _dense(self.group, layouts, solution.matrix()), torch.zeros(0, dtype=torch.long), solution.residual
+        solution = self.equations.part(ranks.mine()).solve()
+        matrices = ranks.assembled(solution.matrix().float(), len(self.group.names))
+        return _dense(self.group, layouts, matrices), torch.zeros(0, dtype=torch.long), ranks.worst(solution.residual)
 
 
 class _Summed:
