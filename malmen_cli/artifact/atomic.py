@@ -80,16 +80,17 @@ class Staging:
         with self._errors():
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = disk.create(path)
+        staged = StagedFile(self, path, descriptor)
         try:
-            staged = StagedFile(self, descriptor)
             yield staged
             with self._errors():
                 disk.sync(descriptor)
         finally:
+            staged.close()
             os.close(descriptor)
         with self._errors():
-            self.sha256[name] = staged.read_back(path) if staged.copies else staged.digest()
-        if staged.copies:
+            self.sha256[name] = staged.digest()
+        if staged.read_back:
             self._checked.add(name)
 
     def write(self, name: str, data: bytes) -> None:
@@ -123,6 +124,9 @@ class Staging:
     def copy_some(self, descriptor: int, source: int, start: int, end: int) -> int:
         with self._errors():
             return disk.copy(descriptor, source, start, end, self._share)
+
+    def begin_sync(self, descriptor: int) -> None:
+        disk.begin_sync(descriptor)
 
     def refuse_damaged(self, name: str) -> None:
         raise OutputError(f"{self.out}: {name} reads back other than it was written; is the disk failing?")

@@ -9,11 +9,13 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from malmen_cli.exceptions import OutputError
 
@@ -22,6 +24,7 @@ COPIED = 1 << 26  # bytes that the kernel is asked to copy at once, between whic
 BLOCK = 4096  # bytes that file systems share or do not
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_SYNC_FILE_RANGE_WRITE = 2
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 _NOT_TOGETHER = (*_UNSUPPORTED, errno.EXDEV, errno.EMLINK, errno.EACCES)  # two places that cannot share a file
 
@@ -82,6 +85,22 @@ def link(source: Path, path: Path) -> bool:
 def sync(descriptor: int) -> None:
     """What was written survives a power cut."""
     os.fsync(descriptor)
+
+
+def begin_sync(descriptor: int) -> None:
+    """Have the kernel begin to put on the disk what was written; nothing waits for it, and nothing is certain before
+    `sync`."""
+    start_range = _sync_file_range()
+    if start_range is not None:
+        start_range(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
+
+
+@functools.cache
+def _sync_file_range() -> Any:
+    try:
+        return ctypes.CDLL(None).sync_file_range
+    except (OSError, TypeError, AttributeError):  # another system's
+        return None
 
 
 def sync_at(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -126,14 +127,13 @@ def merged_weight(name: str, weight: Tensor, module: ModuleShift) -> tuple[Tenso
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
     summed = exact + module.for_weight().to(exact.device)  # the shift may lie on an accelerator
     rounded = summed.to(weight.dtype)
-    if not bool(torch.isfinite(rounded).all()):
+    kept = rounded.to(exact.dtype, copy=True)
+    lost = float((summed - kept).double().norm())
+    if not math.isfinite(lost):
         raise NumericsError(
             f"{name}: base plus shift is not finite in {weight.dtype}; check the base, or try a smaller step"
         )
-    norm = norm_of(module)
-    moved = float((rounded.double() - weight.double()).norm())
-    lost = float((rounded.double() - summed.double()).norm())
-    size = float(exact.double().norm())
+    norm, moved, size = norm_of(module), float(kept.sub_(exact).double().norm()), float(exact.double().norm())
     return rounded, {
         "realised": moved / norm if norm else 1.0,
         "rounding_error": lost / norm if norm else 0.0,

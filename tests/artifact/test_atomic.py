@@ -11,13 +11,13 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from malmen_cli.artifact import disk
+from malmen_cli.artifact import disk, staged
 from malmen_cli.artifact.atomic import Staging, write_file
 from malmen_cli.exceptions import OutputError
 
@@ -121,21 +121,60 @@ def test_a_mixed_file_that_reads_back_otherwise_is_refused(
 ) -> None:
     source = tmp_path / "source"
     source.write_bytes(os.urandom(2_500_000))
-    original = getattr(disk, damaged, None)
+    step = "write" if damaged == "write" else "copy"
+    original = getattr(disk, step)
 
     def damage(descriptor: int, *given: object) -> object:
-        found = original(descriptor, *given)  # type: ignore[misc]
-        os.pwrite(descriptor, b"?", os.lseek(descriptor, 0, os.SEEK_CUR) - 1)
+        found = original(descriptor, *given)
+        if damaged == "source":  # changed before the copy was compared with it
+            source.write_bytes(bytes(2_500_000))
+        else:
+            os.pwrite(descriptor, b"?", os.lseek(descriptor, 0, os.SEEK_CUR) - 1)
         return found
 
-    def change(descriptor: int) -> None:
-        source.write_bytes(bytes(2_500_000))
-
-    monkeypatch.setattr(disk, *(("sync", change) if damaged == "source" else (damaged, damage)))
+    monkeypatch.setattr(disk, step, damage)
     with pytest.raises(OutputError, match="mixed reads back other than it was written"):
         mixed(out, source)
     assert content(out) is None
     assert leftovers(out) == []
+
+
+def test_a_long_copy_is_compared_piece_by_piece(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces that end anywhere, with own bytes between them; a byte of the last one is not the source's."""
+    monkeypatch.setattr(staged, "PIECE", 999_983)
+    source, original = tmp_path / "source", disk.copy
+    source.write_bytes(os.urandom(2_500_000))
+    wanted = mixed(out, source)
+    assert (out / "mixed").read_bytes() == wanted
+    shutil.rmtree(out)
+
+    def damage(descriptor: int, given: int, start: int, end: int, share: bool) -> int:
+        count = original(descriptor, given, start, end, share)
+        if end == 2_000_003:
+            os.pwrite(descriptor, b"?", os.lseek(descriptor, 0, os.SEEK_CUR) - 1)
+        return count
+
+    monkeypatch.setattr(disk, "copy", damage)
+    with pytest.raises(OutputError, match="mixed reads back other than it was written"):
+        mixed(out, source)
+    assert leftovers(out) == []
+
+
+def test_a_file_that_cannot_be_read_back_is_an_error_and_leaves_no_thread(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, threads = tmp_path / "source", threading.active_count()
+    source.write_bytes(os.urandom(100_000))
+
+    def unreadable(stream: object, start: int, end: int) -> Iterator[bytearray]:
+        raise OSError(errno.EIO, "input/output error")
+        yield bytearray()
+
+    monkeypatch.setattr(staged, "_chunks", unreadable)
+    with pytest.raises(OutputError, match="input/output error"), Staging(out) as staging:
+        staging.copy("a", source)
+    assert (content(out), leftovers(out)) == (None, [])
+    assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "no space"), KeyboardInterrupt()])
@@ -221,7 +260,7 @@ KILLER = """
 import json, os, signal, sys
 from pathlib import Path
 from typing import Any
-from malmen_cli.artifact import disk
+from malmen_cli.artifact import disk, staged
 from malmen_cli.artifact.atomic import Staging
 from malmen_cli.exceptions import OutputError
 
