@@ -4,9 +4,10 @@
     python benchmarks/ranks.py ./model --ranks 8 --device cuda
 
 apply: one pass over made-up facts by the paper's last blocks, untrained. step: of training the same editor, on facts
-that were seen before. Runs of one
-rank and of several take turns; a rank has as many threads alone as beside others, so that what is seen is what sharing
-the facts gains. Loading the base, calibration and the first step or edit are not counted.
+that were seen before. own step: of malmen's own settings (docs/editor-recipe.md), with three times as many facts, of
+which a quarter are judged. Runs of one rank and of several take turns; a rank has as many threads alone as beside
+others, so that what is seen is what sharing the work gains. Loading the base, calibration and the first step or edit
+are not counted.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ from speed import WARM_STEPS, Speed
 from malmen_cli.base import ranks
 from malmen_cli.base.model import load_base
 from malmen_cli.edit import make_shift
+from malmen_cli.editing.settings import MalmenSettings
 from malmen_cli.exceptions import MalmenError
 from malmen_cli.training.history import Progress
+from malmen_cli.training.loop import Trainer
 
 GOAL = 1.7  # times less with two ranks
 STEPS = 4  # of training that count
+OWN_FACTS, OWN_JUDGED = 3, 4  # facts of a step of malmen's own settings, to a plain step's; one in so many is judged
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
@@ -48,7 +52,10 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
             speed = Speed(base, facts, 1, options.batch_size, options.step_facts, 0, Path(folder))
             _, ready = next(iter(speed.editors()))
             edit = _timed(lambda: make_shift(base, ready, facts, batch_size=options.batch_size))
-            return {"apply": edit, "step": _step(speed)}
+            step = _step(speed.trainer())
+            speed.step_facts *= OWN_FACTS
+            own = speed.trainer(MalmenSettings(), judged=max(1, speed.step_facts // OWN_JUDGED))
+            return {"apply": edit, "step": step, "own step": _step(own)}
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -59,9 +66,9 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _step(speed: Speed) -> float:
+def _step(trainer: Trainer) -> float:
     """The median of a few steps behind those that capture and keep."""
-    trainer, seconds = speed.trainer(), []
+    seconds: list[float] = []
 
     def after(progress: Progress) -> None:
         seconds.append(progress.seconds)

@@ -207,14 +207,15 @@ class Speed:
             found += [("the base's own editor, one pass", replace(own, editor=once)), ("the base's own editor", own)]
         return found
 
-    def trainer(self) -> Trainer:
-        """An editor of the paper's last blocks, and a training whose every step takes the same facts."""
+    def trainer(self, settings: MalmenSettings | None = None, *, judged: int | None = None) -> Trainer:
+        """An editor, by default of the paper's last blocks, and a training whose every step takes the same facts, of
+        which so many are judged, by default all."""
         count = self.step_facts
-        settings = paper(self.base)
+        settings = settings or paper(self.base)
         training = TrainingSettings(
             steps=10**6,
             facts_per_step=(count,),
-            meta_facts=count,
+            meta_facts=judged or count,
             validate_every=10**6,
             valid_facts=1,
             warmup=10**9,  # a rate of next to nothing: the editor stays where it is

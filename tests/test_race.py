@@ -22,7 +22,11 @@ def race(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.slow  # four trainings
 def test_a_line_for_every_training(
-    race: ModuleType, tiny_model_factory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    race: ModuleType,
+    tiny_model_factory,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     facts = list(importlib.import_module("madeup").made_up(20))
     write_facts(facts[:16], tmp_path / "train.jsonl")
@@ -35,3 +39,13 @@ def test_a_line_for_every_training(
     assert [json.loads(line)["name"] for line in output.read_text().splitlines()] == names
     printed = capsys.readouterr().out.splitlines()[3:]
     assert [line.split("|")[1].strip() for line in printed] == names
+    # Called again after it was stopped: what is there is not run again.
+    records = output.read_text().splitlines(keepends=True)
+    output.write_text("".join(records[:3]))
+    monkeypatch.setattr(race.Race, "textbook", lambda self: pytest.fail("run again"))
+    race.main([base, *files, *sizes, "--batch-size", "4", "--device", "cpu", "-o", str(output)])
+    assert output.read_text().splitlines(keepends=True)[:3] == records[:3]
+    assert [json.loads(line)["name"] for line in output.read_text().splitlines()] == names
+    again = capsys.readouterr().out.splitlines()[3:]
+    assert again[:3] == printed[:3]
+    assert len(again) == 4

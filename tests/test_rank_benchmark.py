@@ -42,6 +42,6 @@ def test_one_rank_and_two_are_measured(
     printed = capfd.readouterr()
     lines = printed.out.splitlines()
     assert lines[0].startswith("| what | 1 rank, seconds | 2 ranks, seconds |")
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["apply", "step"]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["apply", "step", "own step"]
     assert [line for line in printed.err.splitlines() if line.startswith('{"ranks": ')]
     assert all(float(cell) > 0 for line in lines[2:] for cell in line.split("|")[2:4])
