@@ -25,10 +25,11 @@ from malmen_cli.compare import compare
 from malmen_cli.editing.capture import all_keys, edit_rows, fact_loss, row_count, weight_gradients
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.methods.finetune import Finetune, tuned_module
-from malmen_cli.editing.methods.malmen import Malmen, gather
+from malmen_cli.editing.methods.malmen import Malmen
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings
 from malmen_cli.editing.shift import Shift, applied
+from malmen_cli.editing.stacked import gather
 from malmen_cli.facts.fact import Fact
 from malmen_cli.scoring.decoder import Asker
 from malmen_cli.scoring.judge import PROTOCOLS

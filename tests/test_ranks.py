@@ -24,9 +24,10 @@ from malmen_cli.base.model import Base, load_base
 from malmen_cli.cli.errors import main
 from malmen_cli.edit import Ready, Tuning, calibrated_identity, make_shift
 from malmen_cli.editing.editor import Editor
-from malmen_cli.editing.methods.malmen import Captured, Malmen
+from malmen_cli.editing.methods.malmen import Malmen
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings
+from malmen_cli.editing.stacked import Captured
 from malmen_cli.exceptions import RankError
 from malmen_cli.facts.fact import Fact, Probe
 from malmen_cli.facts.files import write_facts

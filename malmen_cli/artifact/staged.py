@@ -78,7 +78,8 @@ class StagedFile:
         if self._reader is None:
             return self._hash.hexdigest()
         whole, own = self._reader.digests()
-        if own != self._hash.hexdigest() or self._path.stat().st_size != self._size:
+        sizes = self._reader.done, self._path.stat().st_size
+        if own != self._hash.hexdigest() or sizes != (self._size, self._size):
             self._staging.refuse_damaged(self._path.name)
         return whole
 
@@ -96,7 +97,8 @@ class _Reader:
     def __init__(self, path: Path, size: int) -> None:
         self._path = path
         self._whole, self._own, self._same = hashlib.sha256(), hashlib.sha256(), True
-        self._failure: Exception | None = None
+        self.done = 0  # bytes read, of stretches read to their end
+        self._failure: OSError | None = None
         self._asked: queue.SimpleQueue[Stretch | None] = queue.SimpleQueue()
         self.read(Stretch(0, size))
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -122,7 +124,8 @@ class _Reader:
             with self._path.open("rb", buffering=0) as stream:
                 while (stretch := self._asked.get()) is not None:
                     self._read(stream, stretch)
-        except Exception as error:  # noqa: BLE001  # told to whoever asks for the digests
+                    self.done = stretch.end
+        except OSError as error:  # told to whoever asks for the digests
             self._failure = error
 
     def _read(self, stream: FileIO, stretch: Stretch) -> None:

@@ -51,7 +51,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream, None, None
+        return _times(gradient, upstream), None, None
 
 
 class _CrossEntropy(_Loss):
@@ -101,7 +101,12 @@ class _Bregman(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
         gradient, shares = ctx.saved_tensors
-        return gradient * upstream, -shares * upstream, None, None
+        return _times(gradient, upstream), -shares * upstream, None, None
+
+
+def _times(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """Their product; of a CPU, where asking costs nothing, without a pass over all logits for a factor of 1."""
+    return gradient if upstream.device.type == "cpu" and float(upstream) == 1 else gradient * upstream
 
 
 def _log_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:

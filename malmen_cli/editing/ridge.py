@@ -152,7 +152,8 @@ class Triangular:
 class Solution:
     """The shift of m modules: dense (m, dk, dv), or factors left (m, dk, n) and right (m, n, dv).
 
-    `pull_back(gradient)` needs the Cholesky factor and whitened keys of the solve; they are kept here.
+    `pull_back(gradient)` needs the Cholesky factor and whitened keys of the solve; they are kept here. values: the V
+    that were joined, with the graph that made them, where their maker has another use for it.
     """
 
     left: Tensor | None
@@ -162,6 +163,7 @@ class Solution:
     whitened: Tensor | None
     penalty: Penalty | Triangular
     residual: float
+    values: Tensor | None = None
 
     def matrix(self) -> Tensor:
         """(m, dk, dv)."""

@@ -18,11 +18,12 @@ from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing.capture import Rows, edit_rows
 from malmen_cli.editing.editor import Editor, Group
 from malmen_cli.editing.hypernetwork import Moments
-from malmen_cli.editing.methods.malmen import Captured, Malmen, gather
+from malmen_cli.editing.methods.malmen import Malmen
 from malmen_cli.editing.moments import second_moments
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.ridge import Preserved
 from malmen_cli.editing.shift import ModuleShift, Shift, applied
+from malmen_cli.editing.stacked import Captured, gather
 from malmen_cli.exceptions import NumericsError
 from malmen_cli.training.objective import meta_loss
 from malmen_cli.training.references import Reference

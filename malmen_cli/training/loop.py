@@ -19,10 +19,11 @@ from malmen_cli.base.prompts import Encoded
 from malmen_cli.base.sampling import own_probes
 from malmen_cli.editing.capture import edit_rows
 from malmen_cli.editing.editor import Editor, compact
-from malmen_cli.editing.methods.malmen import Captured, Malmen, deal
+from malmen_cli.editing.methods.malmen import Malmen
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.ridge import Solution
 from malmen_cli.editing.shift import Shift, applied
+from malmen_cli.editing.stacked import Captured, deal
 from malmen_cli.exceptions import NumericsError, naming
 from malmen_cli.training.calibration import Calibration, calibrate, preserve
 from malmen_cli.training.facts import Cohort, Draw, Example, cohorts, draw, random_sample
@@ -191,17 +192,20 @@ class Trainer:
         score, mean = plain["best"]["rank"]
         self.best = Best(int(plain["best"]["step"]), (float(score), float(mean)), part("best."))
 
-    def _edit(self, edits: Sequence[Encoded]) -> tuple[Shift, list[tuple[list[Captured], list[Solution | None]]]]:
-        """One shift of all edits, made in the editor's passes, and the captured rows and solutions of each pass."""
+    def _edit(
+        self, edits: Sequence[Encoded], learning: int | None = None
+    ) -> tuple[Shift, list[tuple[list[Captured], list[Solution | None]]]]:
+        """One shift of all edits, made in the editor's passes, and the captured rows and solutions of each pass.
+        learning: the pass that is to be pulled back through, if one is."""
         tokens, shift, passes = self.editor.settings.tokens, None, []
-        for _ in range(self.editor.settings.passes):
+        for number in range(self.editor.settings.passes):
             if shift is None:
                 parts = self.rows.of(edits)
             else:
                 with applied(self.runner.model, shift):
                     parts = list(edit_rows(self.runner, edits, self.editor.names, self.batch_size, tokens, keep=True))
             captured = [deal(group, parts) for group in self.editor.groups]
-            more, solutions = self.method.joined(captured)
+            more, solutions = self.method.joined(captured, learning=number == learning)
             shift = more if shift is None else shift.plus(more)
             passes.append((captured, solutions))
         assert shift is not None
@@ -211,8 +215,11 @@ class Trainer:
         """One step: edit, judge under the edit, pull the meta-gradient back through the solve, and update."""
         editor = self.editor
         references = self.references.of(drawn.probes or self._own_probes[: len(drawn.wordings)])
+        # The shifts of all passes add up, so each has the gradient of their sum, and one pass in turn stands for all of
+        # them. That an earlier pass changes what a later one captures is left out: it needs second derivatives.
+        chosen = self.step % editor.settings.passes
         with naming(drawn.ids):
-            shift, passes = self._edit(drawn.edits)
+            shift, passes = self._edit(drawn.edits, chosen)
         with applied(self.runner.model, shift):
             loss = meta_loss(
                 self.runner,
@@ -223,9 +230,7 @@ class Trainer:
                 batch_size=self.batch_size,
             )
         self.optimizer.zero_grad(set_to_none=True)
-        # The shifts of all passes add up, so each has the gradient of their sum, and one pass in turn stands for all of
-        # them. That an earlier pass changes what a later one captures is left out: it needs second derivatives.
-        captured, solutions = passes[self.step % len(passes)]
+        captured, solutions = passes[chosen]
         for group, rows, solution in zip(editor.groups, captured, solutions, strict=True):
             self.method.pull_back(group, rows, group.stack(loss.gradients) * len(passes), solution)
         norm = torch.nn.utils.clip_grad_norm_(list(editor.parameters()), self.settings.clip)

@@ -12,10 +12,10 @@ from malmen_cli.base.prompts import Encoded, encode
 from malmen_cli.editing.capture import edit_rows
 from malmen_cli.editing.editor import Editor
 from malmen_cli.editing.hypernetwork import Moments
-from malmen_cli.editing.methods.malmen import gather
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.ridge import Preserved
 from malmen_cli.editing.settings import MalmenSettings
+from malmen_cli.editing.stacked import gather
 
 # Named, since an MLP narrower than the model is not what the default looks for.
 SECOND_MATRICES = ("*.mlp.[cd]*_proj",)

@@ -14,11 +14,12 @@ from torch import Tensor
 from malmen_cli.editing.capture import ROLES, SUBJECT, edit_rows, places, row_count
 from malmen_cli.editing.editor import Editor, Group
 from malmen_cli.editing.hypernetwork import HyperNetwork
-from malmen_cli.editing.methods.malmen import Captured, Malmen, gather
+from malmen_cli.editing.methods.malmen import Malmen
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.ridge import Preserved, solve_dual, solve_primal
 from malmen_cli.editing.settings import MalmenSettings
 from malmen_cli.editing.shift import Shift, applied
+from malmen_cli.editing.stacked import Captured, gather
 from malmen_cli.exceptions import NumericsError
 
 F64 = torch.float64

@@ -15,10 +15,11 @@ from malmen_cli.base.model import Base
 from malmen_cli.base.sampling import sampled_texts
 from malmen_cli.editing.capture import PROMPT_END, SUBJECT, all_keys, edit_rows
 from malmen_cli.editing.editor import Editor
-from malmen_cli.editing.methods.malmen import Malmen, gather
+from malmen_cli.editing.methods.malmen import Malmen
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import MalmenSettings
 from malmen_cli.editing.shift import IN_OUT, ModuleShift, Shift, applied
+from malmen_cli.editing.stacked import gather
 from malmen_cli.exceptions import NumericsError
 from malmen_cli.facts.fact import Fact
 from malmen_cli.training.calibration import (

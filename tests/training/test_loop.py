@@ -22,9 +22,9 @@ from malmen_cli.base.prompts import Encoded
 from malmen_cli.edit import Ready, make_shift
 from malmen_cli.editing.capture import edit_rows
 from malmen_cli.editing.editor import Editor, Group, compact
-from malmen_cli.editing.methods.malmen import Captured, gather
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.shift import applied
+from malmen_cli.editing.stacked import Captured, gather
 from malmen_cli.exceptions import FactNumericsError, NumericsError
 from malmen_cli.facts.fact import Fact
 from malmen_cli.training.facts import Example, draw, encode_examples, random_sample
@@ -292,8 +292,8 @@ def learned(
     seen: dict[str, Any] = {}
     edit, true = trainer._edit, loop_module.meta_loss
 
-    def keep_edit(edits: Any) -> Any:
-        seen["edit"] = edit(edits)
+    def keep_edit(edits: Any, learning: int) -> Any:
+        seen["edit"] = edit(edits, learning)
         return seen["edit"]
 
     def keep_loss(*arguments: Any, **options: Any) -> MetaLoss:

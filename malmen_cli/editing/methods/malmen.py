@@ -6,8 +6,8 @@ same network with `S = -lr sum_j k~_j g~_j'`. The preserved-key term is MEMIT's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,39 +16,16 @@ from torch import Tensor
 from malmen_cli.base import ranks
 from malmen_cli.base.memory import trim_heap
 from malmen_cli.base.prompts import Encoded
-from malmen_cli.editing.capture import Rows, edit_rows, row_count
+from malmen_cli.editing.capture import edit_rows, row_count
 from malmen_cli.editing.editor import Editor, Group
-from malmen_cli.editing.hypernetwork import EVERY
+from malmen_cli.editing.hypernetwork import EVERY, HyperNetwork
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.ridge import NormalEquations, Solution, refuse_singular, solve, solve_dual
 from malmen_cli.editing.shift import ModuleShift, Shift
+from malmen_cli.editing.stacked import Captured, concatenated, in_chunks, of_all_ranks, stacked
 
+HELD = 1 << 27  # bytes that the network's graph may take while the LM runs, rather than be made again behind it
 CHUNK = 512  # rows that go through the hyper-network at once: enough for tall products, little to hold
-
-
-@dataclass(frozen=True)
-class Captured:
-    """Stacked rows of one group: keys (m, n, dk), gradients (m, n, dv), owners (n,) index of each row's fact, and
-    roles (n,) of each row's token."""
-
-    keys: Tensor
-    gradients: Tensor
-    owners: Tensor
-    roles: Tensor
-
-    def of(self, rows: slice) -> Captured:
-        """Some of the rows."""
-        return Captured(self.keys[:, rows], self.gradients[:, rows], self.owners[rows], self.roles[rows])
-
-    def split(self, size: int) -> Iterator[Captured]:
-        """The rows, at most `size` at a time; of none, one part with none."""
-        for start in range(0, max(len(self.roles), 1), size):
-            yield self.of(slice(start, start + size))
-
-    def own(self) -> Captured:
-        """The rows of this rank's share of the modules."""
-        own = ranks.mine()
-        return Captured(self.keys[own], self.gradients[own], self.owners, self.roles)
 
 
 class Malmen:
@@ -82,10 +59,10 @@ class Malmen:
         groups = self.editor.groups
         collectors = [_collector(self, group, row_count(edits, tokens, group.reads)) for group in groups]
         rows_of = edit_rows(runner, edits, self.editor.names, batch_size, tokens, keep=keep)
-        for chunk in _chunks(rows_of, self.chunk):
+        for chunk in in_chunks(rows_of, self.chunk):
             for collector in collectors:
                 if mine := collector.group.own(chunk):
-                    collector.add(_captured(collector.group, mine))
+                    collector.add(stacked(collector.group, mine))
             if progress is not None:
                 facts = sum(int(part.owners.unique().numel()) for part in groups[-1].own(chunk))
                 progress(ranks.count() * facts)
@@ -114,6 +91,12 @@ class Malmen:
         shifts_of = partial(group.network.value_shifts, modules=modules, damped=self.damped)
         return torch.cat([shifts_of(part.keys, part.gradients, part.roles) for part in parts], 1)
 
+    def held_values(self, group: Group, captured: Captured, modules: slice) -> Tensor:
+        """The same in one go, with their graph."""
+        with torch.enable_grad():
+            given = captured.keys, captured.gradients, captured.roles, modules
+            return group.network.value_shifts(*given, damped=self.damped)
+
     @torch.no_grad()
     def outer_factors(self, group: Group, captured: Captured, modules: slice = EVERY) -> tuple[Tensor, Tensor]:
         """MEND's factors: left (m, dk, n) pseudo-keys, right (m, n, dv) scaled pseudo-gradients."""
@@ -122,9 +105,10 @@ class Malmen:
         right = -group.network.steps(captured.roles, modules) * torch.cat([g for _, g in pairs], 1)
         return torch.cat([k for k, _ in pairs], 1).mT, right
 
-    def joined(self, captured: Sequence[Captured]) -> tuple[Shift, list[Solution | None]]:
+    def joined(self, captured: Sequence[Captured], *, learning: bool = False) -> tuple[Shift, list[Solution | None]]:
         """The dense shift of captured rows, one Captured a group, and what `pull_back` needs of each solve. Of several
-        ranks, each gives the rows of its own modules, and all have the shift."""
+        ranks, each gives the rows of its own modules, and all have the shift. learning: whether `pull_back` will be
+        called, so that the network's graph is worth keeping where it is small."""
         modules: dict[str, ModuleShift] = {}
         solutions: list[Solution | None] = []
         own = ranks.mine()
@@ -134,10 +118,11 @@ class Malmen:
                 matrices = left @ right
                 solutions.append(None)
             else:
-                values = self.value_shifts(group, rows, own)
-                solution = solve(rows.keys, values, group.penalty(len(rows.roles)).part(own))
+                held = learning and _graph_bytes(group, rows) <= HELD
+                values = (self.held_values if held else self.value_shifts)(group, rows, own)
+                solution = solve(rows.keys, values.detach(), group.penalty(len(rows.roles)).part(own))
                 matrices = solution.matrix().float()
-                solutions.append(solution)
+                solutions.append(replace(solution, values=values) if held else solution)
             matrices, layouts = ranks.assembled(matrices, len(group.names)), self.editor.layouts
             modules |= {name: ModuleShift(layouts[name], dense=matrices[i]) for i, name in enumerate(group.names)}
         return Shift(modules), solutions
@@ -155,8 +140,12 @@ class Malmen:
             by_value, by_lambda, by_mu = solution.pull_back(captured.keys, gradient)
             by_value = by_value.to(captured.keys.dtype)
         sums = [torch.zeros_like(parameter) for parameter in network.parameters()]
-        done = 0
-        for part in captured.split(self.chunk):
+        done, parts = 0, captured.split(self.chunk)
+        if solution is not None and solution.values is not None:
+            assert by_value is not None
+            _add(sums, network, (by_value * solution.values).sum())
+            parts = iter(())
+        for part in parts:
             given = part.keys, part.gradients, part.roles, own
             with torch.enable_grad():
                 if by_value is not None:
@@ -165,10 +154,7 @@ class Malmen:
                 else:
                     pseudo_keys, pseudo_gradients = network.features(*given)
                     loss = -((pseudo_keys @ gradient) * pseudo_gradients * network.steps(part.roles, own)).sum()
-            found = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
-            for total, more in zip(sums, found, strict=True):
-                if more is not None:
-                    total += more
+            _add(sums, network, loss)
             done += len(part.roles)
         ranks.add_up(*sums)
         for parameter, total in zip(network.parameters(), sums, strict=True):
@@ -178,56 +164,22 @@ class Malmen:
             _accumulate(network.log_mu, ranks.assembled(by_mu, len(group.names)))
 
 
-def gather(group: Group, parts: Iterable[Rows]) -> Captured:
-    """All rows of a few LM batches of all ranks, in the order of the facts whatever the batches were."""
-    return _of_all_ranks(_captured(group, group.own(parts)), lambda rows: ranks.collected(rows, 1))
+def _graph_bytes(group: Group, captured: Captured) -> int:
+    """What the graph of these rows' values keeps: about five tensors a block of the network, and two more."""
+    return (5 * len(group.network.down) + 2) * 4 * (captured.keys.numel() + captured.gradients.numel())
 
 
-def deal(group: Group, parts: Iterable[Rows]) -> Captured:
-    """The same of this rank's share of the modules: what `joined` takes."""
-    return _of_all_ranks(_captured(group, group.own(parts)), ranks.dealt)
+def _add(sums: Sequence[Tensor], network: HyperNetwork, loss: Tensor) -> None:
+    """Add the gradients of `loss` by the network's parameters."""
+    found = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
+    for total, more in zip(sums, found, strict=True):
+        if more is not None:
+            total += more
 
 
 def _accumulate(parameter: torch.nn.Parameter, gradient: Tensor) -> None:
     gradient = gradient.to(parameter.dtype)
     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-
-
-def _captured(group: Group, parts: Sequence[Rows]) -> Captured:
-    return _joined(group, [Captured(group.stack(p.keys), group.stack(p.gradients), p.owners, p.roles) for p in parts])
-
-
-def _joined(group: Group, parts: Sequence[Captured]) -> Captured:
-    if not parts:  # of a rank without a fact
-        mean = group.network.mean
-        none = mean.new_zeros(len(group.names), 0, group.dk + group.dv).split([group.dk, group.dv], -1)
-        return Captured(*none, *(torch.zeros(0, dtype=torch.long, device=mean.device) for _ in range(2)))
-    return Captured(
-        torch.cat([part.keys for part in parts], 1),
-        torch.cat([part.gradients for part in parts], 1),
-        torch.cat([part.owners for part in parts]),
-        torch.cat([part.roles for part in parts]),
-    )
-
-
-def _of_all_ranks(captured: Captured, exchanged: Callable[[Tensor], Tensor]) -> Captured:
-    """The rows of all ranks in the order of the facts."""
-    keys, gradients = (exchanged(rows) for rows in (captured.keys, captured.gradients))
-    owners, roles = ranks.collected(captured.owners), ranks.collected(captured.roles)
-    order = owners.argsort(stable=True)
-    return Captured(keys[:, order], gradients[:, order], owners[order], roles[order])
-
-
-def _chunks(parts: Iterable[Rows], size: int) -> Iterator[list[Rows]]:
-    """LM batches collected until they hold `size` rows, so that sums are updated by tall blocks."""
-    held: list[Rows] = []
-    for part in parts:
-        held.append(part)
-        if sum(len(p.owners) for p in held) >= size:
-            yield held
-            held = []
-    if held:
-        yield held
 
 
 class _LowRank:
@@ -241,7 +193,7 @@ class _LowRank:
         self.parts.append(captured)
 
     def finish(self, layouts: dict[str, str]) -> tuple[dict[str, ModuleShift], Tensor, float]:
-        captured, own = _of_all_ranks(_joined(self.group, self.parts), ranks.dealt), ranks.mine()
+        captured, own = of_all_ranks(concatenated(self.group, self.parts), ranks.dealt), ranks.mine()
         residual = 0.0
         if self.method.editor.settings.aggregation == "sum":
             left, right = self.method.outer_factors(self.group, captured, own)
