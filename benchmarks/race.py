@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             race = Race(base, train, valid, every, options.every, options.batch_size, Path(folder))
             said = about(base)
             print(json.dumps(said) + "\n" + HEAD, flush=True)
-            known = _known(options.output)
+            known = _known(options.output, said)
             book = known.get("textbook") or _kept(options.output, race.textbook(), said)
             best = max(book.points, key=lambda point: point.rank)
             print(line(book, best), flush=True)
@@ -221,11 +221,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(str(error))
 
 
-def _known(output: Path | None) -> dict[str, Run]:
-    """The trainings that an earlier call has left there."""
+def _known(output: Path | None, said: dict[str, object]) -> dict[str, Run]:
+    """The trainings that an earlier call of the same command has left there. Exits where another has."""
     if output is None or not output.exists():
         return {}
-    records = [json.loads(text) for text in output.read_text(encoding="utf-8").splitlines()]
+    try:
+        records = [json.loads(text) for text in output.read_text(encoding="utf-8").splitlines()]
+    except ValueError:
+        sys.exit(f"{output}: not a file of whole records; name another")
+    if any(record[key] != said[key] for record in records for key in ("base", "dtype", "device", "command")):
+        sys.exit(f"{output}: another command's trainings; name another file")
     return {r["name"]: Run(r["name"], [Point(**point) for point in r["points"]], r["cpu"], r["wall"]) for r in records}
 
 

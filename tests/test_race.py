@@ -49,3 +49,9 @@ def test_a_line_for_every_training(
     again = capsys.readouterr().out.splitlines()[3:]
     assert again[:3] == printed[:3]
     assert len(again) == 4
+    output.write_text(records[0].replace('"command": "', '"command": "nice '))
+    with pytest.raises(SystemExit, match="another command's trainings"):
+        race.main([base, *files, *sizes, "--batch-size", "4", "--device", "cpu", "-o", str(output)])
+    output.write_text(records[0] + records[1][:40])
+    with pytest.raises(SystemExit, match="not a file of whole records"):
+        race.main([base, *files, *sizes, "--batch-size", "4", "--device", "cpu", "-o", str(output)])

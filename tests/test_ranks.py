@@ -28,7 +28,7 @@ from malmen_cli.editing.methods.malmen import Malmen
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.settings import FinetuneSettings, MalmenSettings, MemitSettings
 from malmen_cli.editing.stacked import Captured
-from malmen_cli.exceptions import RankError
+from malmen_cli.exceptions import NumericsError, RankError
 from malmen_cli.facts.fact import Fact, Probe
 from malmen_cli.facts.files import write_facts
 from malmen_cli.insertion import Insertion, prepare
@@ -234,6 +234,54 @@ def test_the_same_step_with_fewer_rows_than_ranks(tiny_gpt2: Path, aggregation: 
     for found in on_ranks(worked, 3):
         for mine, theirs in zip(found, wanted, strict=True):
             assert apart(torch.from_numpy(mine), torch.from_numpy(theirs)) <= CLOSE
+
+
+def test_where_one_rank_has_to_solve_again_in_double_precision_all_do(tiny_gpt2: Path) -> None:
+    """One module's keys are nearly alike; the gradients of lambda and mu of both ranks are then put together."""
+    base = load_base(str(tiny_gpt2), device="cpu")
+    settings = replace(SETTINGS, rounds=1, preserved_rank=0, ridge_lambda=1e-9)
+
+    def worked() -> Any:
+        editor = Editor.fresh(base.model, settings)
+        generator, (group,) = torch.Generator().manual_seed(0), editor.groups
+        keys, gradients = (torch.randn(2, 12, width, generator=generator) for width in (group.dk, group.dv))
+        keys[0] = keys[0, :1] + 1e-3 * keys[0]
+        group.network.log_lambda.data.fill_(math.log(1e-9))
+        captured = Captured(keys, gradients, torch.arange(12), torch.zeros(12, dtype=torch.long)).own()
+        method = Malmen(editor)
+        shift, (solution,) = method.joined([captured])
+        assert solution is not None
+        upstream = torch.randn(2, group.dk, group.dv, generator=generator)
+        method.pull_back(group, captured, upstream, solution)
+        assert group.network.log_lambda.grad is not None
+        whole = torch.stack([m.matrix() for m in shift.modules.values()])
+        return str(solution.factor.dtype), whole.numpy(), group.network.log_lambda.grad.numpy()
+
+    wanted = worked()
+    assert wanted[0] == "torch.float64"
+    for dtype, shift, by_lambda in on_ranks(worked):
+        assert dtype == wanted[0]
+        assert apart(torch.from_numpy(shift), torch.from_numpy(wanted[1])) <= CLOSE
+        assert apart(torch.from_numpy(by_lambda), torch.from_numpy(wanted[2])) <= CLOSE
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_what_one_rank_cannot_solve_ends_all_alike(tiny_gpt2: Path, count: int) -> None:
+    base = load_base(str(tiny_gpt2), device="cpu")
+
+    def worked() -> str:
+        editor = Editor.fresh(base.model, replace(SETTINGS, rounds=1))
+        (group,) = editor.groups
+        keys, gradients = (torch.randn(2, 5, width) for width in (group.dk, group.dv))
+        keys[1] = math.nan
+        captured = Captured(keys, gradients, torch.arange(5), torch.zeros(5, dtype=torch.long)).own()
+        with pytest.raises(NumericsError) as raised:
+            Malmen(editor).joined([captured])
+        return "said: " + str(raised.value)
+
+    found = [raised for (raised,) in on_ranks(lambda: [worked()], count)]
+    assert len(set(found)) == 1
+    assert "singular" in found[0]
 
 
 def test_the_same_answers_and_calibrated_identity(tiny_gpt2: Path) -> None:

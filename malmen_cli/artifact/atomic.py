@@ -85,9 +85,10 @@ class Staging:
             yield staged
             with self._errors():
                 disk.sync(descriptor)
-        finally:
             staged.close()
+        finally:
             os.close(descriptor)
+            staged.give_up()
         with self._errors():
             self.sha256[name] = staged.digest()
         if staged.read_back:

@@ -88,8 +88,7 @@ def sync(descriptor: int) -> None:
 
 
 def begin_sync(descriptor: int) -> None:
-    """Have the kernel begin to put on the disk what was written; nothing waits for it, and nothing is certain before
-    `sync`."""
+    """Have the kernel begin to put on the disk what was written; nothing is certain before `sync`."""
     start_range = _sync_file_range()
     if start_range is not None:
         start_range(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)

@@ -68,8 +68,14 @@ class StagedFile:
         return done - start
 
     def close(self) -> None:
-        """No more is read of it; at its end, or where it was given up."""
+        """No more comes; what is there is read to its end."""
         if self._reader is not None:
+            self._reader.stop()
+
+    def give_up(self) -> None:
+        """Read no further, unless that is done already."""
+        if self._reader is not None:
+            self._reader.abandoned = True
             self._reader.stop()
 
     def digest(self) -> str:
@@ -98,6 +104,7 @@ class _Reader:
         self._path = path
         self._whole, self._own, self._same = hashlib.sha256(), hashlib.sha256(), True
         self.done = 0  # bytes read, of stretches read to their end
+        self.abandoned = False
         self._failure: OSError | None = None
         self._asked: queue.SimpleQueue[Stretch | None] = queue.SimpleQueue()
         self.read(Stretch(0, size))
@@ -122,7 +129,7 @@ class _Reader:
     def _run(self) -> None:
         try:
             with self._path.open("rb", buffering=0) as stream:
-                while (stretch := self._asked.get()) is not None:
+                while (stretch := self._asked.get()) is not None and not self.abandoned:
                     self._read(stream, stretch)
                     self.done = stretch.end
         except OSError as error:  # told to whoever asks for the digests
@@ -134,12 +141,16 @@ class _Reader:
             for chunk in found:
                 self._whole.update(chunk)
                 self._own.update(chunk)
+                if self.abandoned:
+                    return
             return
         with stretch.source.open("rb", buffering=0) as original:
             there = _chunks(original, stretch.place, stretch.place + stretch.end - stretch.start)
             for chunk, wanted in zip(found, there, strict=False):
                 self._same &= chunk == wanted
                 self._whole.update(chunk)
+                if self.abandoned:
+                    return
 
 
 def _chunks(stream: FileIO, start: int, end: int) -> Iterator[bytearray]:

@@ -1,9 +1,9 @@
 """Several processes on one run, as torchrun and `accelerate launch` start them.
 
-Every rank knows all facts, runs the language model on its share of them, and has the rows of all facts for its share of
-the modules: their values and solves are its own, and what comes of them is put together. A training takes the first
-rank's parameters after every step. With one process each function here is its plain counterpart. What is exchanged is
-tensors and JSON, never pickles.
+Every rank knows all facts, runs the language model on its share of them, and solves for its share of the modules: what
+its rows are to all modules is added up, or its rows are dealt out, and what comes of the solves is put together. A
+training takes the first rank's parameters after every step. With one process each function here is its plain
+counterpart. What is exchanged is tensors and JSON, never pickles.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ rows costs as much as a block of a small model, and what autograd keeps of them 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,11 +31,24 @@ def divergence(wanted: Tensor, logits: Tensor, shares: Tensor) -> Tensor:
     return found
 
 
-def bregman(logits: Tensor, along: Tensor, level: Tensor, shares: Tensor) -> Tensor:
-    """`sum_i shares_i max(0, A_i - level_i - along_i)` with A_i = log sum exp logits_i of rows (n, vocabulary), in nats
-    and fp32: a divergence (training/references.py), which rounding alone makes negative. along, level: (n,). The
-    derivatives, by `logits` and `along`, are those without the maximum."""
-    found: Tensor = _Bregman.apply(logits, along, level, shares)  # type: ignore[no-untyped-call]
+@dataclass(frozen=True)
+class Top:
+    """The most probable tokens (n, k) of rows of logits, and their probabilities (n, k) in fp32."""
+
+    tokens: Tensor
+    said: Tensor
+
+    def of(self, logits: Tensor) -> Tensor:
+        """The sum of these tokens' logits, each by its probability: (n,) fp32."""
+        found: Tensor = (logits.gather(-1, self.tokens).float() * self.said).sum(-1)
+        return found
+
+
+def bregman(logits: Tensor, along: Tensor, level: Tensor, top: Top, shares: Tensor) -> Tensor:
+    """`sum_i shares_i max(0, A_i - top_i - level_i - along_i)` with A_i = log sum exp logits_i of rows (n, vocabulary)
+    and top_i = top.of(logits_i), in nats and fp32: a divergence (training/references.py), which rounding alone makes
+    negative. along, level: (n,). The derivatives, by `logits` and `along`, are those without the maximum."""
+    found: Tensor = _Bregman.apply(logits, along, level, top, shares)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -87,21 +101,23 @@ class _Divergence(_Loss):
 
 class _Bregman(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, along: Tensor, level: Tensor, shares: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, along: Tensor, level: Tensor, top: Top, shares: Tensor) -> Tensor:
         total = shares.new_zeros(())
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         for rows in _parts(logits):
             found, now = _log_softmax(logits[rows])
-            total += shares[rows] @ (now - level[rows] - along[rows]).clamp(min=0)
+            mine = Top(top.tokens[rows], top.said[rows])
+            total += shares[rows] @ (now - mine.of(logits[rows]) - level[rows] - along[rows]).clamp(min=0)
             if gradient is not None:
-                gradient[rows] = found.exp_().mul_(shares[rows, None])
+                found.exp_().scatter_add_(-1, mine.tokens, -mine.said)
+                gradient[rows] = found.mul_(shares[rows, None])
         ctx.save_for_backward(gradient, shares)
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         gradient, shares = ctx.saved_tensors
-        return _times(gradient, upstream), -shares * upstream, None, None
+        return _times(gradient, upstream), -shares * upstream, None, None, None
 
 
 def _times(gradient: Tensor, upstream: Tensor) -> Tensor:

@@ -249,13 +249,16 @@ def solve_primal(keys: Tensor, values: Tensor, penalty: Penalty) -> Solution:
 
 def solve(keys: Tensor, values: Tensor, penalty: Penalty) -> Solution:
     """The cheaper of the two closed forms, in the penalty's dtype; fp32 falls back to fp64 where it must. Of several
-    ranks, each solves for modules of its own, and NumericsError is raised on all where one cannot."""
+    ranks, each solves for modules of its own: where one has to fall back all do, and where one cannot solve all raise
+    NumericsError."""
     form = solve_dual if keys.shape[-2] <= keys.shape[-1] else solve_primal
     dtype = penalty.lam.dtype
     solution = form(keys.to(dtype), values.to(dtype), penalty)
-    if dtype == torch.float32 and not solution.residual <= RESIDUAL_LIMIT:
+    worst = ranks.worst(solution.residual)
+    if dtype == torch.float32 and not worst <= RESIDUAL_LIMIT:
         solution = form(keys.double(), values.double(), penalty.to(torch.float64))
-    refuse_singular(ranks.worst(solution.residual))
+        worst = ranks.worst(solution.residual)
+    refuse_singular(worst)
     return solution
 
 

@@ -51,17 +51,18 @@ def meta_loss(
 
     def run(
         sequences: Sequence[Encoded],
-        loss_of: Callable[[Sequence[int]], Callable[[Tensor, Batch], Tensor]],
+        loss_of: Callable[[Sequence[int], Sequence[Tensor]], Callable[[Tensor, Batch], Tensor]],
         weight: float,
     ) -> float:
         loss, own = 0.0, ranks.share(len(sequences))
 
         def batch(indices: Sequence[int]) -> tuple[float, dict[str, Tensor]]:
             part = [sequences[i] for i in indices]
-            if gradients:
-                return weight_gradients(runner, part, names, loss_of(indices))
-            with torch.no_grad():
-                return float(loss_of(indices)(*runner.logits(part))), {}
+            with runner.head_inputs() as seen:  # of this batch alone: they hold on to its graph
+                if gradients:
+                    return weight_gradients(runner, part, names, loss_of(indices, seen))
+                with torch.no_grad():
+                    return float(loss_of(indices, seen)(*runner.logits(part))), {}
 
         for places in by_length([sequences[i].length for i in own], batch_size):
             for value, found in halving([own[place] for place in places], batch):
@@ -70,14 +71,13 @@ def meta_loss(
                     sums[name] = sums[name].add_(gradient, alpha=weight) if name in sums else gradient * weight
         return loss / max(len(sequences), 1)
 
-    learned = run(wordings, lambda indices: fact_loss, 1 / max(len(wordings), 1))
+    learned = run(wordings, lambda indices, seen: fact_loss, 1 / max(len(wordings), 1))
     probes = [reference.sequence for reference in references]
-    with runner.head_inputs() as seen:
-        moved = run(
-            probes,
-            lambda indices: partial(divergence, runner, [references[i] for i in indices], seen),
-            locality_weight / max(len(references), 1),
-        )
+    moved = run(
+        probes,
+        lambda indices, seen: partial(divergence, runner, [references[i] for i in indices], seen),
+        locality_weight / max(len(references), 1),
+    )
     return _of_all_ranks(runner, MetaLoss(learned, moved, sums), names if gradients else ())
 
 

@@ -6,7 +6,9 @@ embedding, whatever its scale or bias), A(h) = log sum exp l(h), and base inputs
     KL(softmax l(b) || softmax l(h)) = A(h) - A(b) - <grad A(b), h - b>,
 
 the Bregman divergence of A (Banerjee et al., JMLR 6, 2005). So b, grad A(b) and A(b) are kept of an answer token, a few
-bytes for each number of the model's width, and the base's distribution is never computed again.
+bytes for each number of the model's width, and the base's distribution is never computed again. The most probable
+tokens are an exception: their probabilities are kept, and grad A is that of all others. Half precision rounds a large
+logit by much, and so A(h); what is taken off A(h) for such a token has to be rounded alike.
 """
 
 from __future__ import annotations
@@ -23,18 +25,41 @@ from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing import losses
 from malmen_cli.editing.capture import answer_shares
 from malmen_cli.editing.replay import Runner
-from malmen_cli.editing.trials import tolerance
+from malmen_cli.editing.trials import tolerance, trials
 from malmen_cli.scoring.decoder import Asker
 
+TOP = 16  # tokens whose probabilities are kept
+ROWS = 64  # of logits that are held in fp32 at once
 STRETCHED = 1.5  # times another answer's inputs of the head: what its linearity is tried on
 
 
 @dataclass(frozen=True)
 class Tangent:
-    """grad A (n, width), in the base's type, and A (n,), in fp32, at the head's inputs of n answer tokens."""
+    """At the head's inputs of n answer tokens: the most probable tokens; grad A without them (n, width), in the base's
+    type; and A without them (n,), in fp32."""
 
+    top: losses.Top
     slope: Tensor
     level: Tensor
+
+    def split(self, counts: Sequence[int]) -> list[Tangent]:
+        """In parts of so many answer tokens, in memory of their own."""
+        parts = (each.split(list(counts)) for each in (self.top.tokens, self.top.said, self.slope, self.level))
+        return [
+            Tangent(losses.Top(tokens.clone(), said.clone()), slope.clone(), level.clone())
+            for tokens, said, slope, level in zip(*parts, strict=True)
+        ]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Tangent]) -> Tangent:
+        """One after another."""
+        top = losses.Top(torch.cat([t.top.tokens for t in parts]), torch.cat([t.top.said for t in parts]))
+        return cls(top, torch.cat([t.slope for t in parts]), torch.cat([t.level for t in parts]))
+
+    def divergence(self, logits: Tensor, inputs: Tensor, heads: Tensor, shares: Tensor) -> Tensor:
+        """`sum_i shares_i KL_i` of logits (n, vocabulary) of head inputs (n, width), where the base's were `heads`."""
+        along = ((inputs.float() - heads.float()) * self.slope.float()).sum(-1)
+        return losses.bregman(logits, along, self.level, self.top, shares)
 
 
 @dataclass(frozen=True)
@@ -89,12 +114,10 @@ class References:
         heads = self._runner.heads(sequences)
         counts, whole = [len(mine) for mine in heads], torch.cat(heads)
         if self._linear is None:
-            self._linear = _linear(self._runner, whole)
+            self._linear = _linear(self._runner)
         tangents: Sequence[Tangent | None] = [None] * len(counts)
         if self._linear:
-            found = _tangent(self._runner, whole)
-            pairs = zip(found.slope.split(counts), found.level.split(counts), strict=True)
-            tangents = [Tangent(slope.clone(), level.clone()) for slope, level in pairs]
+            tangents = _tangent(self._runner, whole).split(counts)
         return [Reference(s, h.clone(), t) for s, h, t in zip(sequences, heads, tangents, strict=True)]
 
 
@@ -109,33 +132,34 @@ def divergence(
         with torch.no_grad():
             wanted = runner.logits_of(heads)
         return losses.divergence(wanted, logits, shares)
-    along = _along(inputs[-1].to(heads.device), heads, torch.cat([t.slope for t in tangents]))
-    return losses.bregman(logits, along, torch.cat([t.level for t in tangents]), shares)
-
-
-def _along(inputs: Tensor, heads: Tensor, slope: Tensor) -> Tensor:
-    """<slope, inputs - heads> of each row, (n,) fp32."""
-    return ((inputs.float() - heads.float()) * slope.float()).sum(-1)
+    return Tangent.joined(tangents).divergence(logits, inputs[-1].to(heads.device), heads, shares)
 
 
 def _tangent(runner: Runner, heads: Tensor) -> Tangent:
-    with torch.enable_grad():
-        inputs = heads.detach().requires_grad_(True)
-        logits = runner.logits_of(inputs)
-        said = logits.detach().float().softmax(-1).to(logits.dtype)
-        (slope,) = torch.autograd.grad(logits, inputs, said)
-    return Tangent(slope, losses.log_partition(logits.detach()))
+    """At the head's inputs (n, width)."""
+    parts = []
+    for part in heads.split(ROWS):
+        with torch.enable_grad():
+            inputs = part.detach().requires_grad_(True)
+            logits = runner.logits_of(inputs)
+        said = logits.detach().float().softmax(-1)
+        most = said.topk(min(TOP, said.shape[-1]), -1)
+        top, rest = losses.Top(most.indices, most.values), said.scatter(-1, most.indices, 0.0)
+        (slope,) = torch.autograd.grad(logits, inputs, rest.to(logits.dtype))
+        parts.append(Tangent(top, slope, losses.log_partition(logits.detach()) - top.of(logits.detach())))
+    return Tangent.joined(parts)
 
 
-def _linear(runner: Runner, heads: Tensor) -> bool:
-    """Whether both forms of the divergence agree on other inputs of the head, as they do unless something bends its
-    logits (Gemma 2 caps them)."""
+@torch.no_grad()
+def _linear(runner: Runner) -> bool:
+    """Whether both forms of the divergence agree on what the head reads of trial sequences, as they do unless something
+    bends its logits (Gemma 2 caps them)."""
     if runner.model.get_output_embeddings() is None:  # a classifier's few logits, which are kept themselves
         return False
-    others, tangent, shares = STRETCHED * heads.roll(1, 0), _tangent(runner, heads), heads.new_ones(len(heads)).float()
-    with torch.no_grad():
-        logits = runner.logits_of(others)
-        exact = losses.divergence(runner.logits_of(heads), logits, shares)
-        found = losses.bregman(logits, _along(others, heads, tangent.slope), tangent.level, shares)
-    rounding = len(heads) * torch.finfo(runner.base.dtype).eps * tangent.level.abs().max()
-    return bool((found - exact).abs() <= tolerance(runner.base.dtype) * exact + rounding)
+    heads = torch.cat(runner.heads(trials(runner.base)[0]))
+    others, shares = STRETCHED * heads.roll(1, 0), torch.ones(len(heads), device=heads.device)
+    logits, tangent = runner.logits_of(others), _tangent(runner, heads)
+    exact = losses.divergence(runner.logits_of(heads), logits, shares)
+    rounding = 10 * len(heads) * torch.finfo(torch.float32).eps * tangent.level.abs().max()
+    apart = (tangent.divergence(logits, others, heads, shares) - exact).abs()
+    return bool(apart <= tolerance(runner.base.dtype) * exact + rounding)

@@ -260,7 +260,7 @@ KILLER = """
 import json, os, signal, sys
 from pathlib import Path
 from typing import Any
-from malmen_cli.artifact import disk, staged
+from malmen_cli.artifact import disk
 from malmen_cli.artifact.atomic import Staging
 from malmen_cli.exceptions import OutputError
 

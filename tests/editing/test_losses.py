@@ -66,8 +66,9 @@ def test_cross_entropy(dtype: torch.dtype, shares: Tensor) -> None:
         assert float(mine[3, 3]) == pytest.approx(float(wanted[1][3, 3]), rel=1e-3)
 
 
+@pytest.mark.parametrize("top", [0, 3, VOCABULARY])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_bregman_is_the_divergence_of_linear_logits(dtype: torch.dtype, shares: Tensor) -> None:
+def test_bregman_is_the_divergence_of_linear_logits(dtype: torch.dtype, shares: Tensor, top: int) -> None:
     """By a head's inputs: what the logits hand down and what is taken off along the tangent come to its gradient."""
     generator = torch.Generator().manual_seed(0)
     head = torch.randn(8, VOCABULARY, generator=generator).double()
@@ -75,11 +76,14 @@ def test_bregman_is_the_divergence_of_linear_logits(dtype: torch.dtype, shares: 
     inputs = moved.clone().requires_grad_(True)
     terms = kl_div(log_softmax(inputs @ head, -1), log_softmax(base @ head, -1), reduction="none", log_target=True)
     total, gradient = exactly(inputs, (terms.sum(-1) * shares.double()).sum())
-    slope, level = (base @ head).softmax(-1) @ head.T, losses.log_partition((base @ head).float())
+    said, level = (base @ head).softmax(-1).float(), losses.log_partition((base @ head).float())
     torch.testing.assert_close(level, (base @ head).logsumexp(-1).float())
+    most = said.topk(top, -1)
+    kept, slope = losses.Top(most.indices, most.values), said.scatter(-1, most.indices, 0.0).double() @ head.T
+    level = level - kept.of(base @ head)
     mine = moved.to(dtype).requires_grad_(True)
     along = ((mine.float() - base.float()) * slope.float()).sum(-1)
-    found = losses.bregman(mine @ head.to(dtype), along, level, shares)
+    found = losses.bregman(mine @ head.to(dtype), along, level, kept, shares)
     tolerance = {torch.bfloat16: 3e-2, torch.float16: 4e-3}.get(dtype, 1e-5)
     assert float(found.detach()) == pytest.approx(total, rel=tolerance)
     (pulled,) = torch.autograd.grad(2 * found, mine)
@@ -90,7 +94,8 @@ def test_what_rounding_makes_negative_counts_nothing_and_pushes_all_the_same() -
     logits = torch.tensor([[0.0, 1.0], [2.0, 1.0]], requires_grad=True)
     level = logits.detach().logsumexp(-1) + torch.tensor([1e-3, -0.5])
     along = torch.zeros(2, requires_grad=True)
-    found = losses.bregman(logits, along, level, torch.tensor([1.0, 2.0]))
+    none = losses.Top(torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0))
+    found = losses.bregman(logits, along, level, none, torch.tensor([1.0, 2.0]))
     assert float(found.detach()) == pytest.approx(1.0, rel=1e-5)
     found.backward()
     assert along.grad is not None
@@ -110,7 +115,8 @@ def test_nothing_is_lost_where_no_gradient_is_asked_for(shares: Tensor) -> None:
 @pytest.mark.parametrize("loss", ["divergence", "cross_entropy", "bregman"])
 def test_no_rows_are_no_loss(loss: str) -> None:
     none, empty = torch.zeros(0, VOCABULARY, requires_grad=True), torch.zeros(0)
-    given = {"divergence": (none, none), "cross_entropy": (none, empty.long()), "bregman": (none, empty, empty)}[loss]
-    found = getattr(losses, loss)(*given, empty)
+    top = losses.Top(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
+    given = {"divergence": (none, none), "cross_entropy": (none, empty.long()), "bregman": (none, empty, empty, top)}
+    found = getattr(losses, loss)(*given[loss], empty)
     assert float(found.detach()) == 0
     assert losses.log_partition(none).shape == (0,)

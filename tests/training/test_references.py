@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
+import malmen_cli.training.references as references_module
 from malmen_cli.base.batch import Batch
 from malmen_cli.base.model import Base, load_base
 from malmen_cli.base.prompts import Encoded
+from malmen_cli.editing import losses
 from malmen_cli.editing.replay import Runner
 from malmen_cli.facts.fact import Fact
-from malmen_cli.training.references import Reference, References, divergence
+from malmen_cli.training.references import Reference, References, Tangent, divergence
 
 MakeFacts = Callable[..., list[Fact]]
 
@@ -97,6 +99,7 @@ def test_what_the_base_says_is_asked_in_batches_and_in_halves_where_memory_is_sh
         return heads(sequences)
 
     monkeypatch.setattr(runner, "heads", short)
+    monkeypatch.setattr(references_module, "_linear", lambda runner: True)  # which asks too
     found = References(runner, 3, batch_size).of(prompts)
     assert max(sizes) == min(batch_size, room)
     assert sum(sizes) == len(prompts)
@@ -155,3 +158,30 @@ def test_of_a_head_that_bends_its_logits_it_is(
 ) -> None:
     base = softcapped(tiny_base)
     check(base, [base.task.question(fact.locality[0].prompt) for fact in make_facts(9)], linear=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [2.0, 16.0], ids=["unsure", "sure"])
+def test_half_precision_keeps_the_divergence_of_tokens_that_the_base_is_sure_of(
+    tiny_model_factory: Callable[..., Any], make_facts: MakeFacts, dtype: torch.dtype, scale: float
+) -> None:
+    """To what the plain form makes of the same logits: their rounding, which is large where one logit is, cancels."""
+    base = load_base(str(tiny_model_factory("llama", seed=4)), device="cpu", dtype=str(dtype)[6:])
+    base.model.get_output_embeddings().weight.data.mul_(scale)
+    runner, references, _, inputs = tried_on(base, [base.task.question(f.prompt) for f in make_facts(9)])
+    heads = torch.cat([r.heads for r in references])
+    inputs = (heads + 0.02 * (inputs.detach() - heads)).requires_grad_(True)
+    with torch.no_grad():
+        exact = base.model.get_output_embeddings().weight.double()
+        said, wanted = ((each.double() @ exact.T).log_softmax(-1) for each in (inputs, heads))
+        gradient = (said.exp() - wanted.exp()) @ exact
+        terms = kl_div(said, wanted, reduction="none", log_target=True).sum(-1)
+    ones = torch.ones(len(heads))
+    tangent = Tangent.joined([r.tangent for r in references if r.tangent is not None])
+    logits = runner.logits_of(inputs)
+    found = tangent.divergence(logits, inputs, heads, ones)
+    plain = losses.divergence(runner.logits_of(heads).detach(), logits, ones)
+    pulled = [torch.autograd.grad(loss, inputs, retain_graph=True)[0].double() - gradient for loss in (found, plain)]
+    off = [abs(float(loss.detach()) - float(terms.sum())) for loss in (found, plain)]
+    assert off[0] <= off[1] + len(heads) * torch.finfo(dtype).eps / 8
+    assert float(pulled[0].norm()) <= 1.05 * float(pulled[1].norm())
