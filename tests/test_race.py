@@ -35,7 +35,13 @@ def test_a_line_for_every_training(
     sizes = ["--steps", "2", "--every", "1", "--step-facts", "8", "--part", "4", "--valid-facts", "4"]
     base, output = str(tiny_model_factory("gpt2", layers=6)), tmp_path / "race.jsonl"
     race.main([base, *files, *sizes, "--batch-size", "4", "--device", "cpu", "-o", str(output)])
-    names = ["textbook", "the same editor", "its meta-loss on 4 of the facts", "malmen's own settings"]
+    names = [
+        "textbook",
+        "the same editor",
+        "its meta-loss on 4 of the facts",
+        "malmen's own settings",
+        "the same, prepared on less",
+    ]
     assert [json.loads(line)["name"] for line in output.read_text().splitlines()] == names
     printed = capsys.readouterr().out.splitlines()[3:]
     assert [line.split("|")[1].strip() for line in printed] == names
@@ -48,7 +54,7 @@ def test_a_line_for_every_training(
     assert [json.loads(line)["name"] for line in output.read_text().splitlines()] == names
     again = capsys.readouterr().out.splitlines()[3:]
     assert again[:3] == printed[:3]
-    assert len(again) == 4
+    assert len(again) == len(names)
     output.write_text(records[0].replace('"command": "', '"command": "nice '))
     with pytest.raises(SystemExit, match="another command's trainings"):
         race.main([base, *files, *sizes, "--batch-size", "4", "--device", "cpu", "-o", str(output)])
