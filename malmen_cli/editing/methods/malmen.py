@@ -6,7 +6,7 @@ same network with `S = -lr sum_j k~_j g~_j'`. The preserved-key term is MEMIT's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,7 +18,7 @@ from malmen_cli.base.memory import trim_heap
 from malmen_cli.base.prompts import Encoded
 from malmen_cli.editing.capture import edit_rows, row_count
 from malmen_cli.editing.editor import Editor, Group
-from malmen_cli.editing.hypernetwork import EVERY, HyperNetwork
+from malmen_cli.editing.hypernetwork import EVERY
 from malmen_cli.editing.replay import Runner
 from malmen_cli.editing.ridge import NormalEquations, Solution, refuse_singular, solve, solve_dual
 from malmen_cli.editing.shift import ModuleShift, Shift
@@ -134,47 +134,52 @@ class Malmen:
         Ridge: `<dL/dV, V(theta)>` with dL/dV from the solve, and the closed forms for log lambda and log mu.
         Sum (MEND): `<dL/dS, S(theta)>` directly.
         """
-        network, own = group.network, ranks.mine()
-        gradient, by_value = gradient[own], None
+        network, gradient = group.network, gradient[ranks.mine()]
         if solution is not None:
             by_value, by_lambda, by_mu = solution.pull_back(captured.keys, gradient)
-            by_value = by_value.to(captured.keys.dtype)
+            _accumulate(network.log_lambda, ranks.assembled(by_lambda, len(group.names)))
+            _accumulate(network.log_mu, ranks.assembled(by_mu, len(group.names)))
+            losses = self._of_values(group, captured, by_value.to(captured.keys.dtype), solution.values)
+        else:
+            losses = self._of_a_sum(group, captured, gradient)
         sums = [torch.zeros_like(parameter) for parameter in network.parameters()]
-        done, parts = 0, captured.split(self.chunk)
-        if solution is not None and solution.values is not None:
-            assert by_value is not None
-            _add(sums, network, (by_value * solution.values).sum())
-            parts = iter(())
-        for part in parts:
-            given = part.keys, part.gradients, part.roles, own
-            with torch.enable_grad():
-                if by_value is not None:
-                    values = network.value_shifts(*given, damped=self.damped)
-                    loss = (by_value[:, done : done + len(part.roles)] * values).sum()
-                else:
-                    pseudo_keys, pseudo_gradients = network.features(*given)
-                    loss = -((pseudo_keys @ gradient) * pseudo_gradients * network.steps(part.roles, own)).sum()
-            _add(sums, network, loss)
-            done += len(part.roles)
+        for loss in losses:
+            found = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
+            for total, more in zip(sums, found, strict=True):
+                if more is not None:
+                    total += more
         ranks.add_up(*sums)
         for parameter, total in zip(network.parameters(), sums, strict=True):
             _accumulate(parameter, total)
-        if solution is not None:
-            _accumulate(network.log_lambda, ranks.assembled(by_lambda, len(group.names)))
-            _accumulate(network.log_mu, ranks.assembled(by_mu, len(group.names)))
+
+    def _of_values(self, group: Group, captured: Captured, by_value: Tensor, held: Tensor | None) -> Iterator[Tensor]:
+        """`<dL/dV, V>` with its graph, a chunk of rows at a time; of values that hold theirs, at once."""
+        if held is not None:
+            with torch.enable_grad():
+                loss = (by_value * held).sum()
+            yield loss
+            return
+        done = 0
+        for part in captured.split(self.chunk):
+            values = self.held_values(group, part, ranks.mine())
+            with torch.enable_grad():
+                loss = (by_value[:, done : done + len(part.roles)] * values).sum()
+            yield loss
+            done += len(part.roles)
+
+    def _of_a_sum(self, group: Group, captured: Captured, gradient: Tensor) -> Iterator[Tensor]:
+        """`<dL/dS, S>` of MEND's sum with its graph, a chunk of rows at a time."""
+        network, own = group.network, ranks.mine()
+        for part in captured.split(self.chunk):
+            with torch.enable_grad():
+                pseudo_keys, pseudo_gradients = network.features(part.keys, part.gradients, part.roles, own)
+                loss = -((pseudo_keys @ gradient) * pseudo_gradients * network.steps(part.roles, own)).sum()
+            yield loss
 
 
 def _graph_bytes(group: Group, captured: Captured) -> int:
     """What the graph of these rows' values keeps: about five tensors a block of the network, and two more."""
     return (5 * len(group.network.down) + 2) * 4 * (captured.keys.numel() + captured.gradients.numel())
-
-
-def _add(sums: Sequence[Tensor], network: HyperNetwork, loss: Tensor) -> None:
-    """Add the gradients of `loss` by the network's parameters."""
-    found = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
-    for total, more in zip(sums, found, strict=True):
-        if more is not None:
-            total += more
 
 
 def _accumulate(parameter: torch.nn.Parameter, gradient: Tensor) -> None:
